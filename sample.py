@@ -1,0 +1,134 @@
+"""Samplers, each a plain function of a plain callable, and a command line that turns a checkpoint into images.
+
+    multistep   f(z, t)      MCM Algorithm 2. With a diffusion model's f this same loop is DDIM
+    addim       f(z, t)      MCM Algorithm 3: DDIM that keeps its variance
+    renoise     D(x, sigma)  consistency models: predict, add fresh noise, predict; ECT's 2-step sampler
+    heun        D(x, sigma)  EDM Algorithm 1 without churn: second order, 2 steps - 1 evaluations
+
+All start from unit Gaussian noise and return images in [-1, 1] (not clipped). The state is float64, because few float32
+steps add up to visible drift at sigma = 80; f gets the dtype of the noise. Class labels, text or guidance belong to the
+callable. The noise can be passed in, so every result can be repeated.
+
+    python sample.py CKPT --steps 2 --n 64 --out grid.png        # a grid
+    python sample.py CKPT --n 50000 --out samples.npz            # uint8 NHWC in arr_0, for fid.py
+"""
+import argparse
+import functools
+
+import torch
+
+import ect
+import mcm
+
+
+def time_grid(steps):
+    """N -> [1, (N-1)/N, ..., 0]; a list of decreasing times stays what it is."""
+    return [i / steps for i in range(steps, -1, -1)] if isinstance(steps, int) else [float(t) for t in steps]
+
+
+@torch.no_grad()
+def multistep(f, z, steps, schedule=mcm.cosine):
+    """MCM Algorithm 2: z [B, ...] at the first time -> z at the last, one jump a segment. steps: N or the times."""
+    times = time_grid(steps)
+    state = z.double()
+    for t, s in zip(times[:-1], times[1:]):
+        x = f(state.to(z.dtype), torch.full((len(z),), t, dtype=z.dtype, device=z.device))
+        state = mcm.ddim(x.double(), state, t, s, schedule)
+    return state.to(z.dtype)
+
+
+ddim = multistep  # eq. (4) repeated: what differs is the f it is given, not the sampler
+
+
+def paper_x_var(alpha, sigma):
+    """The variance per element that a diffusion model's x_hat lacks, as the paper guesses it for images."""
+    return 0.1 / (2 + alpha**2 / sigma**2)
+
+
+@torch.no_grad()
+def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
+    """MCM Algorithm 3, as multistep; x_var(alpha_t, sigma_t) -> variance per element."""
+    times = time_grid(steps)
+    state = z.double()
+    for t, s in zip(times[:-1], times[1:]):
+        x = f(state.to(z.dtype), torch.full((len(z),), t, dtype=z.dtype, device=z.device))
+        alpha_t, sigma_t = mcm.at(schedule, t, state)
+        state = mcm.addim(x.double(), state, t, s, x_var(alpha_t, sigma_t), schedule)
+    return state.to(z.dtype)
+
+
+@torch.no_grad()
+def renoise(denoise, latents, sigmas, noise=None):
+    """x = D(sigma_0 latents, sigma_0), then for each further sigma: x = D(x + sigma noise, sigma) -> x, float64.
+
+    sigmas: decreasing, e.g. [80, 0.821]; noise: one [B, ...] for each sigma after the first, default fresh.
+    """
+    x = torch.zeros_like(latents, dtype=torch.float64)
+    for i, sigma in enumerate(sigmas):
+        eps = latents if i == 0 else torch.randn_like(x) if noise is None else noise[i - 1]
+        t = torch.full((len(x),), float(sigma), dtype=x.dtype, device=x.device)
+        x = denoise(x + sigma * eps.double(), t).double()
+    return x
+
+
+@torch.no_grad()
+def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_MAX, rho=7):
+    """EDM Algorithm 1 without churn: latents [B, ...] ~ N(0, 1) -> x, float64."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64).tolist()
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas = [(high + u * (low - high)) ** rho for u in ramp] + [0.0]
+    x = latents.double() * sigmas[0]
+    for t, s in zip(sigmas[:-1], sigmas[1:]):
+        at = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        slope = (x - denoise(x, at).double()) / t
+        euler = x + (s - t) * slope
+        if s > 0:  # the average of the slopes at both ends
+            slope = (slope + (euler - denoise(euler, torch.full_like(at, s)).double()) / s) / 2
+        x = x + (s - t) * slope
+    return x
+
+
+# ------------------------------------------------------------------------------------------------
+# From a network to images.
+
+
+def generator(net, method, steps, segmented=False, sampler=None, **condition):
+    """The sampler that fits how `net` was trained -> (noise [B, C, H, W] -> x in [-1, 1], evaluations).
+
+    method: diffusion, mct, mcd or ect. sampler: ddim, addim or heun instead, for a diffusion model.
+    """
+    denoise = functools.partial(net, **condition)
+
+    if sampler == "heun":
+        return lambda z: heun(denoise, z, steps), 2 * steps - 1
+    if sampler == "addim":
+        return lambda z: addim(mcm.as_f(denoise), z, steps), steps
+    if method == "diffusion" or sampler == "ddim":
+        return lambda z: ddim(mcm.as_f(denoise), z, steps), steps
+    if method in ("mct", "mcd"):
+        return lambda z: multistep(mcm.as_f(denoise, steps=steps), z, steps), steps
+    inner = ect.default_edges(steps).tolist()[::-1]
+    if segmented:
+        f = mcm.as_f(ect.told_segment(denoise, ect.default_edges(steps).to(next(net.parameters()).device)), mcm.edm)
+        return lambda z: multistep(f, mcm.SIGMA_MAX * z, [mcm.SIGMA_MAX, *inner, 0], mcm.edm), steps
+    sigmas = [mcm.SIGMA_MAX] + ([ect.MID_SIGMA] if steps == 2 else inner)
+    return lambda z: renoise(ect.told_segment(denoise), z, sigmas), steps
+
+
+def to_uint8(x):
+    """[-1, 1] -> 0 .. 255, to the nearest; the inverse of v / 127.5 - 1 on all 256 levels."""
+    return (x.clamp(-1, 1) * 127.5 + 127.5).round().byte()
+
+
+def save_grid(x, path, columns, labels=()):
+    """x [B, 3, H, W] in [-1, 1] -> a PNG, `columns` images wide, twice their size, rows labelled."""
+    from PIL import Image, ImageDraw
+    from torchvision.utils import make_grid
+    grid = make_grid(to_uint8(x.cpu()), columns, pad_value=255).permute(1, 2, 0)
+    picture = Image.fromarray(grid.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
+    margin = 90 if labels else 0
+    canvas = Image.new("RGB", (picture.width + margin, picture.height), "white")
+    canvas.paste(picture, (margin, 0))
+    for i, label in enumerate(labels):
+        ImageDraw.Draw(canvas).text((6, (i + 0.4) * picture.height / len(labels)), label, fill="black")
+    canvas.save(path, format="PNG")

@@ -1,0 +1,750 @@
+"""Train a few-step generator, from nothing to a table, in one command on a GPU or a laptop.
+
+    python train_cifar.py --steps 2                      # data, diffusion model, tuning, table, pictures
+    python train_cifar.py --steps 1 2 4 8                # one network, the whole dial
+    torchrun --nproc_per_node=8 train_cifar.py --steps 2
+
+In reading order: Config (every setting, once), UNet (EDM's DDPM++), data, load_edm (EDM's published weights, opened
+safely), the step (what is drawn, which loss), train, report, and last the plumbing.
+"""
+import argparse
+import copy
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ect
+import fid
+import mcm
+import sample
+from fid import UserError
+
+# ------------------------------------------------------------------------------------------------
+# Settings.
+
+
+def opt(default, help, low=None, high=None, kind=None, **more):
+    kind = kind or type(default)
+    return field(default=default, metadata=dict(help=help, kind=kind, range=(low, high), more=more))
+
+
+@dataclass
+class Config:
+    """Every setting, once. None means: by device, see PRESETS."""
+    steps: tuple = opt((2,), "sampling steps to tune for; several: one network for all",
+                       1, 64, int, nargs="+")
+    method: str = opt("mct", "consistency training, distillation, or Easy Consistency Tuning",
+                      choices=("mct", "mcd", "ect"))
+    data: str = opt("auto", "auto (CIFAR-10, else shapes), cifar10, shapes, an image folder, .npz")
+    init: str = opt("auto", "diffusion model to start from: a checkpoint, or none to train one")
+    out: str = opt("", "run folder, runs/DATA-METHOD-STEPS if empty")
+    device: str = opt("auto", "where to run", choices=("auto", "cuda", "cpu"))
+    seed: int = opt(0, "of all randomness", 0, 2**31)
+    iters: int = opt(None, "tuning iterations", 1, 10**9, int)
+    pretrain_iters: int = opt(None, "diffusion iterations, without --init", 1, 10**9, int)
+    batch: int = opt(None, "images per iteration, over all processes", 1, 10**6, int)
+    lr: float = opt(None, "tuning learning rate, falls linearly to 0", 0, 1, float)
+    pretrain_lr: float = opt(None, "diffusion learning rate, the same", 0, 1, float)
+    ema: float = opt(None, "decay of the averaged weights, the ones sampled", 0, 1, float)
+    dropout: float = opt(None, "one mask for both passes of a step", 0, 0.99, float)
+    width: int = opt(None, "U-Net channels", 8, 1024, int)
+    mult: tuple = opt(None, "channel multiplier at each resolution", 1, 16, int, nargs="+")
+    blocks: int = opt(None, "U-Net blocks per resolution", 1, 16, int)
+    attention: tuple = opt(None, "resolutions with attention, beside the lowest", 1, 4096, int, nargs="*")
+    patch: int = opt(None, "space-to-depth before the U-Net", 1, 16, int)
+    T: tuple = opt(None, "teacher steps, first and last", 1, 10**6, float, nargs=2)
+    huber_eps: float = opt(None, "1e-4: a norm (long runs); 1: squared (short)", 0, 1e6, float)
+    q: float = opt(256.0, "ECT: how fast r approaches t", 1.001, 1e6)
+    double_every: int = opt(0, "ECT: iterations per stage of r; 0: one stage", 0, 10**9)
+    segmented: bool = opt(False, "ECT: one consistency function per step, not one in all")
+    precision: str = opt(None, "of the network", choices=("fp16", "tf32", "bf16", "fp32"))
+    compile: bool = opt(None, "torch.compile the step", kind=bool)
+    accum: int = opt(1, "parts to split a batch into that does not fit in memory", 1, 10**4)
+    features: str = opt("random", "of the Frechet distance: inception, random, TorchScript file")
+    fd_samples: int = opt(None, "samples for the Frechet distance", 2, 10**7, int)
+    many: int = opt(18, "Heun steps of the diffusion model at its best", 2, 10**4)
+    save_every: int = opt(None, "iterations between checkpoints", 1, 10**9, int)
+    log_every: int = opt(50, "iterations between log lines", 1, 10**9)
+
+
+PRESETS = {
+    # A laptop: a small U-Net on 2x2 patches. Squared error and few teacher steps, because errors
+    # accumulate along the chain of references and a short run cannot wash them out.
+    "cpu": dict(iters=600, pretrain_iters=2000, batch=64, lr=5e-4, pretrain_lr=2e-3, ema=0.995,
+                dropout=0.0, width=32, mult=(1, 2, 2), blocks=1, attention=(), patch=2, T=(4, 16), huber_eps=1.0,
+                precision="fp32", compile=False, fd_samples=2000, save_every=100),
+    "cuda": dict(iters=8000, pretrain_iters=100_000, batch=128, lr=1e-4, pretrain_lr=5e-4,
+                 ema=0.9993, dropout=0.2, width=128, mult=(2, 2, 2), blocks=4, attention=(16,), patch=1,
+                 T=(64, 1280), huber_eps=1e-4, precision="fp16", compile=True, fd_samples=50_000,
+                 save_every=1000),
+}
+
+# ------------------------------------------------------------------------------------------------
+# The network: DDPM++ as EDM ships it, so that the published weights load by key. shared names:
+# {resolution}x{resolution}_{block}. Comments give the shapes of the full network.
+
+
+def hash32(h):
+    """An integer hash on int64 tensors that hold 32-bit values (products stay below 2^63)."""
+    for _ in range(2):
+        h = ((h >> 16) ^ h) * 0x45D9F3B & 0xFFFFFFFF
+    return (h >> 16) ^ h
+
+
+def dropout(x, p, seed, layer):
+    """Dropout by a mask that is a function of (seed of the sample [B], layer, element), no more.
+
+    Both passes of a consistency step must share a mask, on every device, compiled, replayed or
+    split over processes. Saved and restored generator state does not survive CUDA graphs.
+    """
+    element = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])
+    start = hash32(seed + 0x9E3779B1 * layer & 0xFFFFFFFF).view(-1, 1, 1, 1)
+    keep = hash32(start + element & 0xFFFFFFFF) >= int(p * 2**32)
+    return x * keep / (1 - p)
+
+
+class Conv(nn.Conv2d):
+    """A convolution that EDM may fuse with 2x2 resampling: box average down, repeat up."""
+
+    def __init__(self, c_in, c_out, kernel, resample=None):
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
+        self.resample = resample
+        if resample:  # never used; a key of the published weights
+            self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+
+    def forward(self, x):
+        if self.resample == "down":
+            x = F.avg_pool2d(x, 2)
+        if self.resample == "up":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return super().forward(x)
+
+
+def norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class Block(nn.Module):
+    def __init__(self, c_in, c_out, c_emb, p=0.0, layer=0, resample=None, attention=False):
+        super().__init__()
+        self.p, self.layer = p, layer
+        self.norm0 = norm(c_in)
+        self.conv0 = Conv(c_in, c_out, 3, resample)
+        self.affine = nn.Linear(c_emb, c_out)
+        self.norm1 = norm(c_out)
+        self.conv1 = Conv(c_out, c_out, 3)
+        self.skip = Conv(c_in, c_out, 1, resample) if resample or c_in != c_out else None
+        if attention:
+            self.norm2 = norm(c_out)
+            self.qkv = Conv(c_out, 3 * c_out, 1)
+            self.proj = Conv(c_out, c_out, 1)
+        self.attention = attention
+
+    def forward(self, x, emb, seed):
+        h = self.conv0(F.silu(self.norm0(x)))
+        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
+        if self.training and self.p:
+            h = dropout(h, self.p, seed, self.layer)
+        x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * 0.5**0.5
+        if self.attention:
+            B, C, H, W = x.shape
+            qkv = self.qkv(self.norm2(x)).reshape(B, 1, C, 3, H * W).transpose(2, 4)
+            q, k, v = qkv.contiguous().unbind(3)                                  # [B, 1, HW, C]
+            a = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
+            x = (self.proj(a) + x) * 0.5**0.5
+        return x
+
+
+class DDPMpp(nn.Module):
+    """The raw network F(c_in x, c_noise, labels, augment labels, segment)."""
+
+    def __init__(self, width, mult, blocks, classes, augment_dim, p, resolution, patch, segments,
+                 attention):
+        super().__init__()
+        self.patch = patch
+        c_emb = 4 * width
+        freqs = torch.arange(width // 2, dtype=torch.float32) / (width // 2 - 1)
+        self.register_buffer("freqs", (1 / 10000) ** freqs, persistent=False)
+        self.map_label = nn.Linear(classes, width) if classes else None
+        self.map_augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.map_layer0 = nn.Linear(width, c_emb)
+        self.map_layer1 = nn.Linear(c_emb, c_emb)
+        if segments:  # ours: which (N, segment) a time lies in; zero, so a loaded model is unchanged
+            self.map_segment = nn.Embedding(segments, c_emb)
+            nn.init.zeros_(self.map_segment.weight)
+
+        layers = iter(range(1000))
+
+        def block(c_in, c_out, **kw):
+            return Block(c_in, c_out, c_emb, p, next(layers), **kw)
+
+        self.enc = nn.ModuleDict()
+        c, skips = width, []
+        for level, m in enumerate(mult):
+            res = resolution // patch >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = Conv(3 * patch**2, c, 3)
+            else:
+                self.enc[f"{res}x{res}_down"] = block(c, c, resample="down")
+            skips.append(c)
+            for i in range(blocks):
+                self.enc[f"{res}x{res}_block{i}"] = block(c, width * m, attention=res in attention)
+                c = width * m
+                skips.append(c)
+        self.dec = nn.ModuleDict()
+        for level, m in reversed(list(enumerate(mult))):
+            res = resolution // patch >> level
+            if level == len(mult) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(c, c, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(c, c)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(c, c, resample="up")
+            for i in range(blocks + 1):
+                self.dec[f"{res}x{res}_block{i}"] = block(
+                    c + skips.pop(), width * m, attention=res in attention and i == blocks)
+                c = width * m
+        self.dec[f"{res}x{res}_aux_norm"] = norm(c)
+        self.dec[f"{res}x{res}_aux_conv"] = Conv(c, 3 * patch**2, 3)
+        self.init_like_edm()
+
+    def init_like_edm(self):
+        """Xavier-uniform; the last layer of every residual branch starts near zero."""
+        for name, p in self.named_parameters():
+            if p.ndim > 1 and "map_segment" not in name:
+                nn.init.xavier_uniform_(p)
+                if name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight")):
+                    p.data *= 1e-5
+                elif "qkv" in name:
+                    p.data *= 0.2**0.5
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, x, c_noise, labels=None, augment=None, segment=None, seed=None):
+        angle = c_noise[:, None].float() * self.freqs
+        emb = torch.cat([angle.sin(), angle.cos()], 1)
+        if self.map_label is not None:  # no labels: the zero vector, which still adds the bias
+            if labels is None:
+                labels = emb.new_zeros(1, self.map_label.in_features)
+            emb = emb + self.map_label(labels * self.map_label.in_features**0.5)
+        if self.map_augment is not None and augment is not None:
+            emb = emb + self.map_augment(augment)
+        emb = F.silu(self.map_layer0(emb))
+        emb = self.map_layer1(emb)
+        if segment is not None:
+            emb = emb + self.map_segment(segment)
+        emb = F.silu(emb)
+        x = F.pixel_unshuffle(x, self.patch)
+        skips = []
+        for name, layer in self.enc.items():
+            x = layer(x) if name.endswith("conv") else layer(x, emb, seed)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            if name.endswith("aux_norm"):
+                x = F.silu(layer(x))
+            elif name.endswith("aux_conv"):
+                x = layer(x)
+            else:
+                x = layer(torch.cat([x, skips.pop()], 1) if "block" in name else x, emb, seed)
+        return F.pixel_shuffle(x, self.patch)
+
+
+class UNet(nn.Module):
+    """D(x, sigma) under EDM's preconditioning, sigma_data = 0.5; the same in train and eval."""
+
+    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, classes=0, augment_dim=0, dropout=0.0,
+                 resolution=32, patch=1, segments=0, attention=(16,)):
+        super().__init__()
+        self.arguments = dict(width=width, mult=tuple(mult), blocks=blocks, classes=classes,
+                              augment_dim=augment_dim, dropout=dropout, resolution=resolution,
+                              patch=patch, segments=segments, attention=tuple(attention))
+        self.half = None  # autocast dtype of the raw network
+        self.model = DDPMpp(width, mult, blocks, classes, augment_dim, dropout, resolution, patch,
+                            segments, attention)
+
+    def forward(self, x, sigma, labels=None, augment=None, segment=None, seed=None):
+        """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
+
+        labels: one-hot float [B, classes]; segment: int64 [B], rows of mcm.segment; seed: int64 [B]
+        in [0, 2^32), of the dropout masks: give a fresh one each step, default zeros.
+        """
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
+        sigma = sigma.expand(len(x))
+        if seed is None:
+            seed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        s = sigma.view(-1, 1, 1, 1)
+        scale = (s**2 + 0.25).rsqrt()
+        # Autocast inside: each pass has its own weight cache, and the no-grad pass can't poison it.
+        with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
+            out = self.model(x * scale, sigma.log() / 4, labels, augment, segment, seed)
+        return 0.25 * scale**2 * x + 0.5 * s * scale * out.float()
+
+    def load(self, state, name):
+        """Load `state` by key; only the segment embedding may be missing."""
+        missing, extra = self.load_state_dict(state, strict=False)
+        missing = [key for key in missing if "map_segment" not in key]
+        if missing or extra:
+            raise UserError(f"{name}: not this architecture; missing {missing[:3]}, extra {extra[:3]}")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: one uint8 tensor [n, 3, H, W], labels [n], and a name that follows the run everywhere.
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+SHAPES = ("disc", "square", "triangle", "ring", "plus")
+
+
+def shapes(n=20_000, seed=0, size=32):
+    """The stand-in when nothing can be downloaded: a coloured shape, turned at random, on a soft
+    background. Small networks learn it in minutes, and noise, blur and wrong colours all show."""
+    g = torch.Generator().manual_seed(seed)
+    images, labels = [], torch.arange(n) % len(SHAPES)
+    ramp = (torch.arange(size) + 0.5) / size * 2 - 1
+    for label in labels.split(1000):
+        B = len(label)
+
+        def uniform(low, high, *shape):
+            return low + (high - low) * torch.rand(B, *shape, generator=g)
+
+        radius = uniform(0.35, 0.6, 1, 1)
+        reach = 0.95 - radius
+        x = ramp.view(1, 1, -1) - reach * uniform(-1, 1, 1, 1)                   # [B, H, W], centred
+        y = ramp.view(1, -1, 1) - reach * uniform(-1, 1, 1, 1)
+        a = uniform(0, math.pi / 2, 1, 1)
+        u, v = (a.cos() * x + a.sin() * y) / radius, (a.cos() * y - a.sin() * x) / radius
+        r, box = u.hypot(v), torch.maximum(u.abs(), v.abs())
+        edge = torch.stack([                                                     # < 0 inside
+            r - 0.9,
+            box - 0.75,
+            torch.maximum(-v, (v + 3**0.5 * u.abs()) / 2) - 0.5,
+            (r - 0.7).abs() - 0.22,
+            torch.maximum(box - 0.9, torch.minimum(u.abs(), v.abs()) - 0.28),
+        ])[label, torch.arange(B)] * radius                                      # in half image widths
+        inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]                    # soft by one pixel
+        light = (ramp.view(1, 1, -1, 1) + ramp.view(1, 1, 1, -1)) * uniform(-0.25, 0.25, 1, 1, 1)
+        paint, ground = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+        ground = torch.where((paint - ground).abs().amax(1, keepdim=True) < 0.4, 1 - paint, ground)
+        image = inside * paint + (1 - inside) * (0.15 + 0.7 * ground + light)
+        images.append((image.clamp(0, 1) * 255).round().byte())
+    return torch.cat(images), labels
+
+
+@dataclass
+class Data:
+    name: str
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple
+
+
+def cifar10():
+    """The training split from ./data, fetched there if need be."""
+    from torchvision.datasets import CIFAR10
+    if not Path("data/cifar-10-batches-py").exists():
+        fid.fetch(CIFAR_URL, CIFAR_SHA256, "data")
+    try:
+        data = CIFAR10("data", train=True, download=True)  # checks and unpacks what is there
+    except RuntimeError as error:
+        raise UserError(f"data/cifar-10-batches-py is damaged ({error}): delete it and run again")
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(data.targets), tuple(data.classes)
+
+
+def load_data(spec):
+    if spec in ("auto", "cifar10"):
+        try:
+            return Data("cifar10", *cifar10())
+        except UserError as error:
+            if spec == "cifar10":
+                raise
+            say(f"{error}\n*** NO CIFAR-10: TRAINING ON THE BUILT-IN SHAPES INSTEAD ***")
+            spec = "shapes"
+    if spec == "shapes":
+        return Data("shapes", *shapes(), SHAPES)
+    path = Path(spec)
+    if path.suffix == ".npz":
+        images, labels, classes = fid.read_npz(path)
+    else:
+        images, labels, classes = fid.read_folder(path)
+    return Data(path.resolve().name, images, labels, tuple(classes))
+
+
+# ------------------------------------------------------------------------------------------------
+# One step: what is drawn, and which loss. Randomness is a function of (seed, phase, step).
+
+
+def draw(run, phase, step):
+    """The random part of a step, for the whole batch of all processes: a dict of tensors [B, ...].
+
+    Every process draws all of it and keeps its part, so a run does not depend on their number.
+    """
+    c, data, device = run.config, run.data, run.device
+    words = np.random.SeedSequence([c.seed, PHASES.index(phase), step]).generate_state(1, np.uint64)
+    on = dict(generator=torch.Generator(device).manual_seed(int(words[0]) >> 1), device=device)
+    index = torch.randint(len(data.images), (c.batch,), **on)
+    b = {"x": data.images[index], "eps": torch.randn(c.batch, *data.images.shape[1:], **on),
+         "seed": torch.randint(2**32, (c.batch,), **on)}
+    if phase == "pretrain":
+        b["t"] = torch.rand(c.batch, **on)
+    elif c.method == "ect":
+        b["t"] = ect.draw_t(c.batch, **on)
+    else:
+        b["N"] = torch.tensor(c.steps, device=device)[torch.randint(len(c.steps), (c.batch,), **on)]
+        T = mcm.teacher_steps(step, *c.T, anneal=c.iters / 2)
+        b["t"], b["s"], b["t_step"] = mcm.draw_times(c.batch, b["N"], T, **on)
+    return b
+
+
+def step_loss(net, teacher, c, phase, b, stage):
+    """[B] from the tensors of `draw`. All that runs on the device; it compiles as one graph."""
+    x = b["x"].float() / 127.5 - 1
+    if phase == "pretrain":  # the limit T = N: every s is on an edge, so the target is the data
+        alpha, sigma = mcm.at(mcm.cosine, b["t"], x)
+        z_t = alpha * x + sigma * b["eps"]
+        x_hat = mcm.as_f(net, seed=b["seed"])(z_t, b["t"])
+        return mcm.v_loss(x_hat, x, z_t, b["t"], huber_eps=1.0)
+    if c.method == "ect":
+        edges = ect.default_edges(c.steps[0]).to(x.device) if c.segmented else None
+        denoise = ect.told_segment(net, edges, seed=b["seed"])
+        return ect.ect_loss(denoise, x, b["eps"], b["t"], stage, q=c.q, edges=edges)
+    f = mcm.as_f(net, steps=b["N"], seed=b["seed"])
+    return mcm.consistency_loss(f, x, b["eps"], b["t"], b["s"], b["t_step"], huber_eps=c.huber_eps,
+                                teacher=mcm.as_f(teacher) if c.method == "mcd" else None)
+
+
+def rectification(step, beta=0.999):
+    """RAdam's factor on Adam's step (Liu et al. 1908.03265), a function of the step alone.
+
+    With it torch's fused Adam is RAdam but for its first five steps (momentum SGD there, none
+    here), and unlike RAdam it skips an fp16 overflow without asking the host.
+    """
+    limit = 2 / (1 - beta) - 1
+    rho = limit - 2 * step * beta**step / (1 - beta**step)
+    if rho <= 5:
+        return 0.0
+    return ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
+
+
+def train(run, net, phase, teacher=None):
+    """Train `net` in a phase ("pretrain" or "tune") -> its averaged copy, which is the result."""
+    c = run.config
+    iterations, lr = {"pretrain": (c.pretrain_iters, c.pretrain_lr), "tune": (c.iters, c.lr)}[phase]
+    net.train().requires_grad_(True).to(memory_format=torch.channels_last)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    params, averages = list(net.parameters()), list(ema.parameters())
+    optimizer = torch.optim.Adam(params, fused=True)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=c.precision == "fp16")
+    loss_of = torch.compile(step_loss, fullgraph=True) if c.compile else step_loss
+    parts = dict(net=net, ema=ema, optimizer=optimizer, scaler=scaler)
+    for step in range(run.restore(phase, parts), iterations):
+        optimizer.param_groups[0]["lr"] = lr * rectification(step + 1) * (1 - step / iterations)
+        stage = torch.tensor(ect.stage(step, c.double_every), device=run.device)
+        batch, losses = draw(run, phase, step), []
+        for i in range(run.rank, c.accum * run.world, run.world):
+            part = {key: value.chunk(c.accum * run.world)[i] for key, value in batch.items()}
+            losses.append(loss_of(net, teacher, c, phase, part, stage))
+            scaler.scale(losses[-1].mean() / (c.accum * run.world)).backward()
+        run.add_over_processes([p.grad for p in params])
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():  # a short memory first, so that the average forgets the start
+            torch._foreach_lerp_(averages, params, 1 - min(c.ema, (1 + step) / (10 + step)))
+        run.tick(phase, step + 1, iterations, torch.cat(losses).detach().clone(), parts)
+    return ema
+
+
+# ------------------------------------------------------------------------------------------------
+# What the tuning bought: one table, one picture.
+
+
+def report(run, extractor, diffusion, tuned):
+    """The diffusion model at N steps and at many, the tuned one at N: table, result.json, dial.png."""
+    c, images = run.config, run.data.images
+
+    def statistics(batches):
+        return fid.evaluate(batches, extractor, run.device)
+
+    def distance(a, b):
+        return fid.frechet_distance(a.mean, a.cov, b.mean, b.cov)
+
+    def row(model, N):  # -> sampler, row of the table; the diffusion model's best is by Heun
+        net, method = (tuned, c.method) if model == "tuned" else (diffusion, "diffusion")
+        heun = "heun" if model == "diffusion" and N == c.many else None
+        generate, nfe = sample.generator(net, method, N, c.segmented, heun)
+        return generate, dict(model=model, method=method, steps=N, nfe=nfe)
+
+    order = torch.from_numpy(np.random.default_rng(c.seed).permutation(len(images)))
+    n, pair = c.fd_samples, order[:2 * min(c.fd_samples, len(order) // 2)].chunk(2)
+    reference = statistics(images[order].split(500))
+    floor = distance(*(statistics(images[half].split(500)) for half in pair))
+    metric = fid.metric_name(extractor.name, n)
+    say(f"\n{run.data.name}, {c.method}: {metric} against {len(order)} images; two sets of "
+        f"{len(pair[0])} real images are {floor:.4f} apart\n"
+        f"{'model':<10} {'steps':>5} {'evaluations':>11} {'distance':>10} {'images/s':>9}")
+    rows = []
+    for model, N in [("diffusion", N) for N in c.steps] + [("tuned", N) for N in c.steps] + [
+            ("diffusion", c.many)]:
+        generate, found = row(model, N)
+        start = time.time()
+        batches = (run.noise(i, min(500, n - i)) for i in range(0, n, 500))
+        made = statistics(sample.to_uint8(generate(z)) for z in batches)
+        speed = n / (time.time() - start)
+        rows.append(dict(found, metric=metric, distance=distance(made, reference), n=n,
+                         features=extractor.name, images_per_second=speed))
+        say("{model:<10} {steps:>5} {nfe:>11} {distance:>10.4f} {images_per_second:>9.0f}"
+            .format(**rows[-1]))
+    own, now, best = (rows[i]["distance"] for i in (0, len(c.steps), -1))
+    say(f"tuning closed {(own - now) / (own - best):.0%} of the gap between {c.steps[0]} steps of the "
+        f"diffusion model and its {rows[-1]['nfe']} evaluations; see {run.out}/dial.png")
+    write(run.out / "result.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
+    dial = [row("tuned" if N in c.steps else "diffusion", N) for N in (1, 2, 4, 8, c.many)]
+    pictures = torch.cat([generate(run.noise(0, 10)) for generate, _ in dial])
+    labels = [f"{found['model']} {found['nfe']}" for _, found in dial]
+    write(run.out / "dial.png", lambda path: sample.save_grid(pictures, path, 10, labels))
+
+
+# ------------------------------------------------------------------------------------------------
+# Plumbing: the run's folder, checkpoints, processes, arguments. Nothing below is about the method.
+
+PHASES = ("pretrain", "tune")
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+FREE = ("out", "data", "init", "device", "iters", "features", "fd_samples", "many", "precision",
+        "compile", "accum", "save_every", "log_every")  # what may change when a run goes on
+
+
+def say(*words):
+    if os.environ.get("RANK", "0") == "0":
+        print(*words, flush=True)
+
+
+def write(path, save):
+    """The one way a file comes to be: save(a temporary path), flushed to the disk, then renamed."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        save(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise OSError(f"cannot write {path} ({error}); what was there is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, device="cpu", **changes):
+    """A checkpoint of ours -> (its averaged network, all of it); changes: constructor arguments."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        net = UNet(**{**state["arguments"], **changes}).to(device)
+        return net.load(state["ema"], path).eval(), state
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # torch.load fails in too many ways to name, all with one remedy
+        raise UserError(f"{path} is damaged or not a checkpoint of train_cifar.py "
+                        f"({type(error).__name__}): give another, or delete it") from None
+
+
+class Run:
+    """A run: its settings, data, device and folder, and this process's place among the others."""
+
+    def __init__(self, config, data, device, saved):
+        self.config, self.data, self.device, self.saved = config, data, device, saved
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.out, self.stop = Path(config.out), 0
+
+    def noise(self, start, n):
+        """Noise of samples start .. start + n - 1, the same in every table and picture."""
+        g = torch.Generator(self.device).manual_seed(2**40 * (self.config.seed + 1) + start)
+        return torch.randn(n, *self.data.images.shape[1:], generator=g, device=self.device)
+
+    def add_over_processes(self, tensors):
+        """Sum in place over processes, in one message."""
+        if self.world > 1:
+            flat = torch.cat([t.flatten() for t in tensors])
+            torch.distributed.all_reduce(flat)
+            for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+                t.copy_(part.view_as(t))
+
+    def restore(self, phase, parts):
+        """Take up latest.pt if it is of this phase -> iterations done."""
+        state = self.saved if self.saved.get("phase") == phase else {"step": 0, "recent": []}
+        for name in parts if state["step"] else ():
+            parts[name].load_state_dict(state[name])
+        if state["step"]:
+            say(f"{phase}: going on from iteration {state['step']}")
+        self.recent, self.first, self.start = list(state["recent"]), state["step"], time.time()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: setattr(self, "stop", number))
+        return self.first
+
+    def tick(self, phase, step, iterations, losses, parts):
+        """After each step: log, checkpoint, stop. The host waits for the device here and nowhere else."""
+        c, last = self.config, step == iterations
+        self.recent.append(losses)
+        logs, saves = (last or step % every == 0 for every in (c.log_every, c.save_every))
+        if self.world > 1 and (logs or saves):  # all stop at the same step
+            stop = torch.tensor(self.stop, device=self.device)
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+            self.stop = int(stop)
+        stop = self.stop if self.world == 1 or logs or saves else 0
+        if not (logs or saves or stop):
+            return
+        recent = torch.stack(self.recent).cpu()                                       # [steps, B]
+        if not recent.isfinite().all():
+            i, j = (~recent.isfinite()).nonzero()[0].tolist()
+            at = step - len(recent) + i
+            times = {k: v[j].item() for k, v in draw(self, phase, at).items() if k in ("t", "s")}
+            sys.exit(f"error: loss {recent[i, j]} in {phase} iteration {at}, sample {j}, {times}; the "
+                     "last checkpoint is kept: try a smaller --lr, or --precision fp32")
+        if logs and self.rank == 0:
+            self.log(phase, step, iterations, recent.mean().item(), **parts)
+        if logs:
+            self.recent = []
+        if (saves or stop) and self.rank == 0:
+            self.save("latest.pt", phase, parts["ema"], step=step, recent=self.recent,
+                      **{name: part.state_dict() for name, part in parts.items() if name != "ema"})
+            N, method = (18, "diffusion") if phase == "pretrain" else (c.steps[0], c.method)
+            images = sample.generator(parts["ema"], method, N, c.segmented)[0](self.noise(0, 32))
+            write(self.out / f"samples-{phase}-{step:06d}.png",
+                  lambda path: sample.save_grid(images, path, 8))
+        if stop:
+            say(f"stopped at {phase} iteration {step} and saved; the same command goes on from there")
+            sys.exit(128 + stop)
+
+    def log(self, phase, step, iterations, loss, net, optimizer, scaler, **_):
+        speed = (step - self.first) * self.config.batch / (time.time() - self.start)
+        left = (iterations - step) * self.config.batch / speed
+        skipped = step - int(optimizer.state[next(net.parameters())]["step"])  # fp16 overflows
+        say(f"{phase} {step}/{iterations}  loss {loss:.5f}  {speed:.0f} images/s  "
+            f"{left // 60:.0f}:{left % 60:02.0f} left" + (f"  {skipped} skipped" if skipped else ""))
+        row = dict(phase=phase, step=step, loss=loss, images_per_second=speed, skipped=skipped)
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if scaler.is_enabled() and scaler.get_scale() < 1:
+            sys.exit(f"error: fp16 overflows at every loss scale, {skipped} steps were skipped; the last "
+                     "checkpoint is kept: try --precision bf16")
+
+    def save(self, name, phase, ema, **more):
+        method = "diffusion" if phase == "pretrain" else self.config.method
+        state = dict(ema=ema.state_dict(), arguments=ema.arguments, method=method, phase=phase,
+                     data=self.data.name, config=asdict(self.config), **more)
+        write(self.out / name, lambda path: torch.save(state, path))
+
+
+def diffusion_model(run):
+    """The diffusion model to tune: this run's own, else --init, else one trained here."""
+    c, own = run.config, run.out / "diffusion.pt"
+    size = run.data.images.shape[-1]
+    half = HALF.get(c.precision)
+    if own.exists() or c.init not in ("auto", "none"):
+        net, state = load_checkpoint(own if own.exists() else c.init, run.device)
+        if state["method"] != "diffusion" or net.arguments["resolution"] != size:
+            raise UserError(f"--init {c.init} is a {state['method']} model of {net.arguments['resolution']}"
+                            f" pixels: give a run's diffusion.pt, made for {size}")
+        say(f"diffusion model: {own if own.exists() else c.init}")
+    else:
+        torch.manual_seed(c.seed)
+        net = UNet(c.width, c.mult, c.blocks, dropout=c.dropout, resolution=size, patch=c.patch,
+                   attention=c.attention).to(run.device)
+        net.half = half
+        net = train(run, net, "pretrain")
+    if run.rank == 0 and not own.exists():
+        run.save("diffusion.pt", "pretrain", net)
+    net.half = half
+    return net.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def number(kind, low, high):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return value
+    return parse
+
+
+def parse(arguments):
+    """The command line -> a dict of the settings given there and no others."""
+    parser = fid.Parser(prog="train_cifar.py", description=__doc__.split("\n")[0])
+    for f in fields(Config):
+        kind, limits, help, more = (f.metadata[k] for k in ("kind", "range", "help", "more"))
+        if kind is bool:
+            more = {"action": argparse.BooleanOptionalAction}
+        elif limits[0] is not None:
+            more = {**more, "type": number(kind, *limits)}
+        default = f.default if f.default is not None else "{} on a CPU, {} on a GPU".format(
+            *(PRESETS[name][f.name] for name in ("cpu", "cuda")))
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{help} (default: {default})", **more)
+    return {key: tuple(value) if isinstance(value, list) else value
+            for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+
+
+def main(arguments=None):
+    given = parse(arguments)
+    name = given.get("device", "auto")
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    c = Config(**{**PRESETS[name], **given})
+    if c.segmented and (c.method != "ect" or len(c.steps) > 1):
+        raise UserError("--segmented needs --method ect and a single --steps")
+    if c.init not in ("auto", "none") and not Path(c.init).is_file():
+        raise UserError(f"--init {c.init}: no such file; give a checkpoint, or none to train anew")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    extractor = fid.feature_extractor(c.features, device)
+    data = load_data(c.data)
+    c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
+    out, saved = Path(c.out), {}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "a")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another") from None
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when we end
+        except OSError:
+            raise UserError(f"--out {out} is in use by another run: wait, or choose another") from None
+    if (out / "latest.pt").exists():
+        _, saved = load_checkpoint(out / "latest.pt", device)
+        kept = {k: v for k, v in saved["config"].items() if k not in FREE}
+        for key, value in kept.items():
+            if key in given and given[key] != value:
+                raise UserError(f"--{key.replace('_', '-')}: {out} was begun with {value}, not "
+                                f"{given[key]}; leave it as it was or choose another --out")
+        if saved["data"] != data.name:
+            raise UserError(f"--data: {out} was begun on {saved['data']}, this is {data.name}; choose "
+                            "another --out")
+        c = Config(**{**asdict(c), **kept})
+    data.images = data.images.to(device)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+    run = Run(c, data, device, saved)
+    diffusion = diffusion_model(run)
+    N = max(c.steps)
+    net = UNet(**{**diffusion.arguments, "dropout": c.dropout, "segments": N * (N + 1) // 2})
+    net.to(device).load(diffusion.state_dict(), "diffusion.pt").half = diffusion.half
+    tuned = train(run, net, "tune", diffusion)
+    if run.rank == 0:
+        report(run, extractor, diffusion, tuned)
+
+
+if __name__ == "__main__":
+    fid.run(main)
