@@ -1,12 +1,16 @@
-"""FID as published numbers are computed (the Inception of 2015, TensorFlow 1 resizing), in one file.
+"""FID as published numbers are computed (Inception of 2015, TensorFlow 1 resizing), in one file.
 
     python fid.py samples.npz cifar10                           # "FID" from 50,000 samples on
     python fid.py samples train --features random --n 1000      # needs no download
 
-A and B: a folder of images, an .npz with arr_0 (uint8 NHWC), or cifar10 (training split, in ./data);
-B also an .npz of statistics (mu, sigma). Other weights, other features or fewer samples are named,
-FD(features)@n, and the floor is what perfect samples would score: n real images against n others.
-@EXPECTED@
+A and B: a folder of images, an .npz with arr_0 (uint8 NHWC), or cifar10 (its training split, kept
+in ./data); B also an .npz of statistics (mu, sigma). With other weights, other features or fewer
+samples the name says so, FD(features)@n. The floor is the distance of n real images from n others.
+
+Ours (2-core Xeon, AVX-512, one thread; CIFAR-10 as JPEG, random, n = 1000): test against train is
+FD(random)@1000 = 1.36, floor 1.24. In floors: noise of 0.05 scores 65, a 2-pixel blur 193, grey 7,
+the first five classes 8. Inception: 11.8 images/s, 1.6 times torch-fidelity; the distance at d = 2048
+takes 1.0 s, SciPy's matrix root 11 times that.
 """
 import argparse
 import contextlib
@@ -112,7 +116,7 @@ class InceptionFID(nn.Module):
         return self.features((resize_tf1(images) - 128) / 128)
 
     def fold(self):
-        """BatchNorm into the convolutions, channels last: the same function, 1.7 times as fast."""
+        """BatchNorm into the convolutions, channels last: the same function, 1.6 times as fast."""
         for part in self.modules():
             if isinstance(getattr(part, "bn", None), nn.BatchNorm2d):
                 part.conv = nn.utils.fuse_conv_bn_eval(part.conv, part.bn)
@@ -235,7 +239,7 @@ def metric_name(features, n):
 def evaluate(batches, extractor, device=None, n=None, progress=None):
     """Statistics (on device) of the first n images of uint8 batches; progress: a name to print."""
     statistics, start = Statistics(), time.perf_counter()
-    for images in batches:
+    for images in filter(len, batches):
         features = extractor(images[:n and n - statistics.n])
         statistics.update(features.to(device or features.device))
         if progress:
@@ -375,8 +379,9 @@ def main():
               f"by about the floor ({known})", file=sys.stderr)
     result = dict(metric=name, value=value, n=n, features=extractor.name, reference=args.b,
                   floor=floor, floor_n=at and int(at))
-    line = "{metric} = {value:.4f}  n {n}, features {features}, reference {reference}".format(**result)
-    print(json.dumps(result) if args.json else f"{line}, real-against-real floor {known}")
+    line = (f"{name} = {value:.4f}  (n {n}, features {extractor.name}, reference {args.b}, "
+            f"real-against-real floor {known})")
+    print(json.dumps(result) if args.json else line)
 
 
 if __name__ == "__main__":

@@ -304,41 +304,31 @@ class UNet(nn.Module):
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-SHAPES = ("disc", "square", "triangle", "ring", "plus")
+SHAPES = ("disc", "square", "triangle")
+PAINTS = ((230, 40, 50), (40, 170, 70), (40, 90, 220), (240, 200, 40), (170, 60, 190))
 
 
-def shapes(n=20_000, seed=0, size=32):
-    """The stand-in when nothing can be downloaded: a coloured shape, turned at random, on a soft
-    background. Small networks learn it in minutes, and noise, blur and wrong colours all show."""
+def shapes(n=20_000, size=32, seed=0):
+    """The stand-in when nothing can be downloaded: a shape in one of five colours on a soft grey
+    background. A small network learns it in minutes, and noise, blur and wrong colours all show."""
     g = torch.Generator().manual_seed(seed)
-    images, labels = [], torch.arange(n) % len(SHAPES)
     ramp = (torch.arange(size) + 0.5) / size * 2 - 1
+    labels = torch.arange(n) % len(SHAPES)
+    images = []
     for label in labels.split(1000):
-        B = len(label)
-
-        def uniform(low, high, *shape):
-            return low + (high - low) * torch.rand(B, *shape, generator=g)
-
-        radius = uniform(0.35, 0.6, 1, 1)
-        reach = 0.95 - radius
-        x = ramp.view(1, 1, -1) - reach * uniform(-1, 1, 1, 1)                   # [B, H, W], centred
-        y = ramp.view(1, -1, 1) - reach * uniform(-1, 1, 1, 1)
-        a = uniform(0, math.pi / 2, 1, 1)
-        u, v = (a.cos() * x + a.sin() * y) / radius, (a.cos() * y - a.sin() * x) / radius
-        r, box = u.hypot(v), torch.maximum(u.abs(), v.abs())
-        edge = torch.stack([                                                     # < 0 inside
-            r - 0.9,
-            box - 0.75,
-            torch.maximum(-v, (v + 3**0.5 * u.abs()) / 2) - 0.5,
-            (r - 0.7).abs() - 0.22,
-            torch.maximum(box - 0.9, torch.minimum(u.abs(), v.abs()) - 0.28),
-        ])[label, torch.arange(B)] * radius                                      # in half image widths
-        inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]                    # soft by one pixel
-        light = (ramp.view(1, 1, -1, 1) + ramp.view(1, 1, 1, -1)) * uniform(-0.25, 0.25, 1, 1, 1)
-        paint, ground = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
-        ground = torch.where((paint - ground).abs().amax(1, keepdim=True) < 0.4, 1 - paint, ground)
-        image = inside * paint + (1 - inside) * (0.15 + 0.7 * ground + light)
-        images.append((image.clamp(0, 1) * 255).round().byte())
+        r, dx, dy, light, slope = torch.rand(5, len(label), 1, 1, generator=g)
+        r = 0.4 + 0.2 * r                                                    # in half image widths
+        x = ramp.view(1, 1, -1) - (dx * 2 - 1) * (0.9 - r)                   # [B, H, W], centred
+        y = ramp.view(1, -1, 1) - (dy * 2 - 1) * (0.9 - r)
+        edge = torch.stack([x.hypot(y) - r,                                  # < 0 inside
+                            torch.maximum(x.abs(), y.abs()) - 0.85 * r,
+                            torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) - 0.6 * r])
+        edge = edge[label, torch.arange(len(label))]
+        inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]                # soft by one pixel
+        ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp.view(1, -1, 1)
+        paint = torch.randint(len(PAINTS), (len(label),), generator=g)
+        paint = torch.tensor(PAINTS)[paint][:, :, None, None]
+        images.append((inside * paint + (1 - inside) * ground[:, None]).round().byte())
     return torch.cat(images), labels
 
 

@@ -1,0 +1,370 @@
+"""Tests: limits and closed forms first, then the peers' own numbers, then the programs as a user runs them.
+
+    python -m pytest -q
+"""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ect
+import fid
+import mcm
+import sample
+import train_cifar
+
+HERE = Path(__file__).parent
+FIXTURES = HERE.parent / "shared" / "fixtures"
+needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="../shared/fixtures is absent")
+torch.set_num_threads(2)
+V = 0.3  # the variance of Gaussian data, whose denoiser and consistency function are known
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def times(batch, N, T, seed=0):
+    t, s, t_step = mcm.draw_times(batch, N, T, torch.Generator().manual_seed(seed))
+    return t.double(), s.double(), t_step.double()
+
+
+def gaussian_denoise(x, sigma):
+    return x * (V / (V + sigma**2)).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def flow(z_t, t, s):
+    """The probability flow of Gaussian data from t to s, exactly."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = mcm.at(mcm.cosine, t, z_t), mcm.at(mcm.cosine, s, z_t)
+    return z_t * ((alpha_s**2 * V + sigma_s**2) / (alpha_t**2 * V + sigma_t**2)) ** 0.5
+
+
+def gaussian_f(N):
+    """The exact N-step consistency function: the x that jumps along the flow to the segment's edge."""
+    def f(z, t):
+        edge = ((t * N - 1e-6).ceil() - 1) / N
+        return mcm.inv_ddim(flow(z, t, edge), z, t, edge)
+    return f
+
+
+def load(name):
+    return {k: v for k, v in np.load(FIXTURES / name, allow_pickle=False).items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# mcm.py
+
+
+def test_schedules():
+    t = torch.linspace(0, 1, 10_001)
+    alpha, sigma = mcm.cosine(t)
+    ratio = sigma / alpha
+    assert torch.allclose(alpha**2 + sigma**2, torch.ones_like(t))
+    assert torch.allclose(ratio[[0, -1]], torch.tensor([0.002, 80.0]), rtol=1e-4)
+    assert (ratio.diff() > 0).all() and (alpha > 0).all()
+    assert mcm.edm(t)[0].eq(1).all() and mcm.edm(t)[1].equal(t)
+
+
+@pytest.mark.parametrize("schedule", [mcm.cosine, mcm.edm])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_inv_ddim_inverts_ddim(schedule, dtype, tolerance):
+    t, s = (grid.flatten() for grid in torch.meshgrid(*[torch.linspace(0, 1, 33)] * 2, indexing="ij"))
+    t, s = t[t > s].to(dtype), s[t > s].to(dtype)
+    x, z_t = noise(len(t), 2, 3).to(dtype), noise(len(t), 2, 3, seed=1).to(dtype)
+    back = mcm.inv_ddim(mcm.ddim(x, z_t, t, s, schedule), z_t, t, s, schedule)
+    assert t.max() == 1 and s.min() == 0
+    assert (back - x).abs().max() < tolerance
+
+
+def test_addim_limits():
+    x, z, (t, s, _) = noise(64, 3, 4), noise(64, 3, 4, seed=1), times(64, 2, 8)
+    assert torch.allclose(mcm.addim(x, z, t, s, 0.0), mcm.ddim(x, z, t, s))
+    x_var = torch.rand(64, dtype=torch.float64)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = mcm.at(mcm.cosine, t, z), mcm.at(mcm.cosine, s, z)
+    eps_hat = (z - alpha_t * x) / sigma_t
+    missing = ((alpha_s - alpha_t * sigma_s / sigma_t) ** 2).flatten() * x_var
+    left = mcm.mean_per_sample((mcm.addim(x, z, t, s, x_var) - alpha_s * x) ** 2)           # eq. (14)
+    assert torch.allclose(left, sigma_s.flatten() ** 2 * mcm.mean_per_sample(eps_hat**2) + missing)
+    alpha = mcm.cosine(t)[0][:, None, None]
+    assert mcm.addim(z / alpha, z, t, s, 1.0).isfinite().all()                             # eps_hat = 0
+
+
+@pytest.mark.parametrize("name", ["ddim", "inv_ddim", "addim", "mct", "mcd", "ect", "ect_edges",
+                                  "segment", "pseudo_huber"])
+def test_a_batch_of_two_is_two_batches_of_one(name):
+    def f(z, t):
+        return torch.tanh(1.3 * z) * mcm.per_sample(torch.cos(t), z)
+
+    def teacher(z, t):
+        return 0.8 * z
+    x, eps, (t, s, t_step) = noise(2, 3, 4), noise(2, 3, 4, seed=1), times(2, 2, 8)
+    run = {
+        "ddim": lambda i: mcm.ddim(x[i], eps[i], t[i], s[i]),
+        "inv_ddim": lambda i: mcm.inv_ddim(x[i], eps[i], t[i], s[i]),
+        "addim": lambda i: mcm.addim(x[i], eps[i], t[i], s[i], t[i]),
+        "mct": lambda i: mcm.consistency_loss(f, x[i], eps[i], t[i], s[i], t_step[i]),
+        "mcd": lambda i: mcm.consistency_loss(f, x[i], eps[i], t[i], s[i], t_step[i], teacher=teacher),
+        "ect": lambda i: ect.ect_loss(f, x[i], eps[i], t[i], 1, c=0.06),
+        "ect_edges": lambda i: ect.ect_loss(f, x[i], eps[i], t[i], 1, edges=torch.tensor([0.3])),
+        "segment": lambda i: mcm.segment(t[i], torch.tensor([2, 4])[i]),
+        "pseudo_huber": lambda i: mcm.v_loss(x[i], eps[i], x[i], t[i]),
+    }[name]
+    assert torch.allclose(run(slice(0, 2)), torch.cat([run(slice(0, 1)), run(slice(1, 2))]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 8])
+def test_times(N):
+    t, s, t_step = mcm.draw_times(4096, N, 24, torch.Generator().manual_seed(0))
+    assert (t_step <= s).all() and (s < t).all() and (t <= 1).all() and (t_step >= 0).all()
+    assert torch.allclose(t - s, torch.tensor(1 / 24), atol=1e-6)
+    assert 0.5 * N / 24 < (s == t_step).float().mean() < 2 * N / 24
+    assert len(t.unique()) == 24
+    assert ((t - t_step) * N < 1 + 1e-5).all()
+
+
+def test_segments_and_teacher_steps():
+    rows = []
+    for N in range(1, 65):
+        edge = torch.arange(1, N + 1) / N                              # an edge belongs to the segment below
+        assert mcm.segment(edge, N).tolist() == [N * (N - 1) // 2 + i for i in range(N)]
+        assert mcm.segment(edge - 0.5 / N, N).equal(mcm.segment(edge, N))
+        rows += mcm.segment(edge, N).tolist()
+    assert rows == list(range(64 * 65 // 2))
+    T = [mcm.teacher_steps(i) for i in (0, 50_000, 100_000, 200_000)]
+    assert np.allclose(T, [64, math.sqrt(64 * 1280), 1280, 1280])
+
+
+def test_one_segment_is_a_consistency_model():
+    """N = 1 where alpha = 1: Song et al.'s loss |f(z_t, t) - f(z_s, s)|, here with the v-weight."""
+    def f(z, t):
+        return torch.tanh(z) / mcm.per_sample(1 + t, z)
+    x, eps, t = noise(8, 5), noise(8, 5, seed=1), torch.linspace(0.5, 2, 8, dtype=torch.float64)
+    s = 0.9 * t
+    loss = mcm.consistency_loss(f, x, eps, t, s, 0 * t, mcm.edm, huber_eps=0.0)
+    d = f(x + t[:, None] * eps, t) - f(x + s[:, None] * eps, s)
+    assert torch.allclose(loss, (d**2).mean(1).sqrt() * (1 + t**2).sqrt() / t)
+
+
+@pytest.mark.parametrize("N", [1, 4, 16])
+def test_as_many_segments_as_teacher_steps_is_diffusion(N):
+    x, eps, (t, s, t_step) = noise(8, 5), noise(8, 5, seed=1), times(8, N, N)
+    alpha, sigma = mcm.at(mcm.cosine, t, x)
+    z_t = alpha * x + sigma * eps
+    f = mcm.as_f(gaussian_denoise)
+    loss = mcm.consistency_loss(f, x, eps, t, s, t_step, huber_eps=0.01)
+    v_error = (((f(z_t, t) - x) / sigma) ** 2).mean(1)
+    assert torch.allclose(loss, (v_error + 1e-4).sqrt() - 0.01)
+    assert torch.allclose(loss, mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=0.01))
+
+
+def test_training_target_lies_between_reference_and_data():
+    """z_s = ddim(x, z_t) makes the target w x_ref + (1 - w) x: both jumps in one, without the algebra."""
+    x, eps, (t, s, e) = noise(64, 5), noise(64, 5, seed=1), times(64, 2, 16)
+    angle = [mcm.ANGLE_0 + u * (mcm.ANGLE_1 - mcm.ANGLE_0) for u in (t, s, e)]
+    w = (angle[0].sin() * (angle[1] - angle[2]).sin() / angle[1].sin() / (angle[0] - angle[2]).sin())[:, None]
+    alpha, sigma = mcm.at(mcm.cosine, t, x)
+    z_t = alpha * x + sigma * eps
+    target = mcm.consistency_target(lambda z, t: torch.tanh(z), z_s := mcm.ddim(x, z_t, t, s), z_t, t, s, e)
+    assert torch.allclose(target, w * torch.tanh(z_s) + (1 - w) * x)
+
+
+@pytest.mark.parametrize("N", [1, 2, 4])
+def test_gaussian_consistency_function_is_the_fixed_point(N):
+    """DDIM's error on one of T steps is O(1/T^2), so that is how the loss of the exact f falls."""
+    f, loss = gaussian_f(N), []
+    x, eps = noise(4096, 8) * V**0.5, noise(4096, 8, seed=1)
+    for T in (64, 128, 256):
+        teacher = mcm.as_f(gaussian_denoise)
+        loss.append(mcm.consistency_loss(f, x, eps, *times(4096, N, T * N), teacher=teacher,
+                                         x_var_frac=0.0, huber_eps=0.0).mean())
+    assert 3.5 < loss[0] / loss[1] < 4.5 and 3.5 < loss[1] / loss[2] < 4.5
+    z_1 = noise(100, 3)
+    assert torch.allclose(sample.multistep(f, z_1, N), flow(z_1, 1.0, 0.0))  # so its variance is right
+
+
+def test_references_teachers_and_gradients():
+    w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def f(z, t, w=w):
+        return torch.tanh(w * z) * mcm.per_sample(torch.cos(t), z)
+
+    def teacher(z, t):
+        return 0.5 * z
+    x, eps, u = noise(16, 3), noise(16, 3, seed=1), times(16, 2, 8)
+    mcd = mcm.consistency_loss(f, x, eps, *u, teacher=teacher)
+    same = mcm.consistency_loss(f, x, eps, *u, teacher=teacher, f_ref=lambda z, t: f(z, t))
+    tract = mcm.consistency_loss(f, x, eps, *u, teacher=teacher, f_ref=lambda z, t: f(z, t, 0.6))
+    assert mcd.equal(same) and not mcd.allclose(tract)
+    assert mcm.consistency_loss(f, x, eps, *u, teacher=lambda z, t: (0.5 * z, 0.5 * z)).equal(mcd)
+    mcd.sum().backward()
+
+    def objective(v):  # the reference and the teacher stay at w
+        return mcm.consistency_loss(lambda z, t: f(z, t, v), x, eps, *u, teacher=teacher,
+                                    f_ref=lambda z, t: f(z, t, 0.7)).sum()
+    slope = (objective(0.7 + 1e-6) - objective(0.7 - 1e-6)) / 2e-6
+    assert torch.allclose(w.grad, slope, rtol=1e-6)
+
+
+def test_addim_keeps_the_variance_that_ddim_loses():
+    f, z = mcm.as_f(gaussian_denoise), noise(64, 10_000)
+    wanted = flow(z, 1.0, 0.0).var()
+    ddim = sample.ddim(f, z, 8).var() - wanted
+    addim = sample.addim(f, z, 8, x_var=lambda a, s: V * s**2 / (a**2 * V + s**2)).var() - wanted
+    assert abs(addim) < 0.1 * abs(ddim)
+
+
+def test_the_loss_compiles_whole_and_agrees():
+    net = train_cifar.UNet(16, (1,), 1, resolution=8, segments=3, dropout=0.3, attention=())
+    x, eps = noise(4, 3, 8, 8).float(), noise(4, 3, 8, 8, seed=1).float()
+    N, seed = torch.full((4,), 2), torch.arange(4)
+    t, s, t_step = (u.float() for u in times(4, 2, 8))
+    torch._foreach_add_([p.data for p in net.parameters()], 0.05)
+
+    def loss(t, s, t_step):
+        f = mcm.as_f(net, steps=N, seed=seed)
+        return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=mcm.as_f(net)).mean()
+
+    def run(loss):
+        net.zero_grad()
+        value = loss(t, s, t_step)
+        value.backward()
+        return value, torch.cat([p.grad.flatten() for p in net.parameters()])
+    for eager, compiled in zip(run(loss), run(torch.compile(loss, fullgraph=True))):
+        assert torch.allclose(eager, compiled, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# ect.py and sample.py, against the authors' code
+
+
+def stand_in(w):
+    """The fixtures' closed-form network."""
+    def denoise(x, sigma):
+        s = mcm.per_sample(sigma, x)
+        scale = (s**2 + 0.25).rsqrt()
+        return 0.25 * scale**2 * x + 0.5 * s * scale * torch.tanh(w * scale * x)
+    return denoise
+
+
+@needs_fixtures
+@pytest.mark.parametrize("q", [2, 4, 256])
+@pytest.mark.parametrize("k, name", [(8, "sigmoid"), (0, "const")])
+def test_ect_mapping(q, k, name):
+    data = load("ect_t_to_r.npz")
+    t = torch.from_numpy(data["t"])
+    for stage in data["stages"].tolist():
+        r = ect.t_to_r(t, stage, q, k)
+        assert np.allclose(r, data[f"r64_q{q}_{name}"][stage], rtol=1e-12, atol=1e-12)
+        assert np.allclose(ect.t_to_r(t.float(), stage, q, k), data[f"r32_q{q}_{name}"][stage],
+                           rtol=3e-7, atol=1e-6)
+        wide = data["t"].astype(np.longdouble)
+        exact = wide * np.minimum(1, (1 + k / (1 + np.exp(wide))) / np.longdouble(q) ** (stage + 1))
+        assert np.allclose(ect.gap(t.float(), stage, q, k).numpy(), exact, rtol=1e-5, atol=0)
+
+
+@needs_fixtures
+def test_ect_loss():
+    data = load("ect_loss_standin.npz")
+    x, eps, t = (torch.from_numpy(data[k]) for k in ("x", "eps", "t_f64"))
+    for case in (k[7:] for k in data if k.startswith("losshp_")):
+        q, adj, stage, c = case.split("_")
+        q, stage, c, k = int(q[1:]), int(stage[1:]), float(c[1:]), 8 if adj == "sigmoid" else 0
+        for dtype in (torch.float64, torch.float32):
+            w = torch.tensor(float(data["w"]), dtype=dtype, requires_grad=True)
+            arguments = [a.to(dtype) for a in (x, eps, t)]
+            loss = ect.ect_loss(stand_in(w), *arguments, stage, q, k, c=c)
+            loss.mean().backward()
+            assert loss.isfinite().all() and w.grad.isfinite()           # the authors' is NaN in places
+            if dtype == torch.float64 and q ** (stage + 1) <= 65536:
+                assert np.allclose(loss.detach(), data[f"loss_{case}_f64"], rtol=1e-9)
+                assert np.allclose(w.grad, data[f"gradw_{case}_f64"], rtol=1e-8)
+            elif dtype == torch.float32 and stage == 0:
+                assert np.allclose(loss.detach(), data[f"losshp_{case}"], rtol=5e-5 if q == 2 else 1.5e-2)
+
+
+def test_ect_segments():
+    x, eps, t = noise(64, 5), noise(64, 5, seed=1), ect.draw_t(64).double()
+    D = stand_in(0.8)
+    none = torch.empty(0, dtype=torch.float64)
+    assert ect.ect_loss(D, x, eps, t, 3).equal(ect.ect_loss(D, x, eps, t, 3, edges=none))
+    edges = ect.default_edges(4).double()
+    assert torch.allclose(ect.default_edges(2), torch.tensor([1.0]), atol=0.02)      # tan(pi / 4)
+    assert ect.lower_edge(edges, edges).tolist() == [0.0, *edges[:-1].tolist()]
+    told = ect.told_segment(lambda x, sigma, segment: segment, edges)
+    assert told(x, torch.tensor([0.01, *edges, 80.0])).tolist() == [6, 6, 7, 8, 9]   # as mcm.segment
+    # Near an edge the loss stays bounded, though its weight 1 / (t - r) does not.
+    near = edges[:1].expand(64) * (1 + torch.logspace(-12, -1, 64, dtype=torch.float64))
+    assert ect.ect_loss(D, x, eps, near, 3, edges=edges).max() < 50
+    assert [ect.stage(i, 25_000) for i in (0, 24_999, 25_000)] == [0, 0, 1] and ect.stage(9, 0) == 0
+
+
+@needs_fixtures
+def test_renoise_is_ects_generator():
+    data = load("ect_generator_standin.npz")
+    latents, eps = torch.from_numpy(data["latents"]), torch.from_numpy(data["noise"])
+    for steps in (1, 2, 3):
+        sigmas = [80.0, *data[f"mid_t_{steps}step"]]
+        x = sample.renoise(stand_in(torch.tensor(data["w"])), latents, sigmas, eps)
+        assert np.allclose(x, data[f"out_{steps}step_f64"], atol=1e-10)
+
+
+def test_heun_is_second_order():
+    z = noise(8, 3)
+    exact = z * 80 * (V / (V + 80**2)) ** 0.5
+    error = [(sample.heun(gaussian_denoise, z, n) - exact).abs().max() for n in (32, 64, 128)]
+    assert 3 < error[0] / error[1] < 5 and 3 < error[1] / error[2] < 5
+
+
+# ------------------------------------------------------------------------------------------------
+# The network
+
+
+@needs_fixtures
+@pytest.mark.parametrize("kind, classes", [("uncond", 0), ("cond", 10)])
+def test_unet_is_edms(kind, classes):
+    io = {k: torch.from_numpy(v) for k, v in load(f"edm_{kind}_ch32_io.npz").items() if v.dtype != "<U18"}
+    state = {k: torch.from_numpy(v) for k, v in load(f"edm_{kind}_ch32_state.npz").items()}
+    net = train_cifar.UNet(32, classes=classes, augment_dim=9, segments=3).eval().load(state, kind)
+    raw = []
+    net.model.register_forward_hook(lambda module, inputs, output: raw.append(output))
+    x, sigma, labels = io["x"], io["sigma"], io.get("class_labels")
+
+    def close(a, b, atol=3e-5):
+        return torch.allclose(a, b, atol=atol, rtol=1e-5)
+    with torch.no_grad():
+        segment = torch.ones(8, dtype=torch.int64)                       # zero at first: no effect
+        assert close(net(x, sigma, labels, segment=segment), io["D"]) and close(raw[0], io["F"])
+        assert close(net(x, sigma, labels, io["augment_labels"]), io["D_augment_labels"])
+        assert close(net(x, torch.tensor(1.5), labels), io["D_scalar_sigma"], 5e-5)
+        if classes:
+            assert close(net(x, sigma), io["D_no_labels"])
+    del state["model.map_layer0.bias"]
+    with pytest.raises(fid.UserError, match="map_layer0.bias"):
+        net.load(state, kind)
+
+
+def test_unet_size():
+    with torch.device("meta"):
+        net = train_cifar.UNet(augment_dim=9)
+    assert sum(p.numel() for p in net.parameters()) == 55_733_891 and len(net.state_dict()) == 425
+
+
+def test_dropout_is_one_mask():
+    net = train_cifar.UNet(16, (1,), 1, resolution=8, dropout=0.5, attention=()).train()
+    torch._foreach_add_([p.data for p in net.parameters()], 0.05)
+    x, sigma, seed = noise(2, 3, 8, 8), torch.ones(2), torch.tensor([5, 6])
+    assert net(x, sigma, seed=seed).equal(net(x, sigma, seed=seed))
+    assert not net(x, sigma, seed=seed).allclose(net(x, sigma, seed=seed + 1))
+    assert net(x, sigma, seed=seed)[1:].allclose(net(x[1:], sigma[1:], seed=seed[1:]), atol=1e-6)
+    kept = train_cifar.dropout(torch.ones(64, 16, 16, 16), 0.2, torch.arange(64), 3)
+    assert abs(kept.mean() - 1) < 0.01 and set(kept.unique().tolist()) == {0.0, 1.25}
+    flat = (kept > 0).float().reshape(64, -1)
+    assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 0.08     # between samples: 4096 elements
