@@ -11,12 +11,13 @@ The target is mcm.consistency_target in both. With `edges` time is cut into segm
 
     python ect.py        # r(t) by stage, and the toy of mcm.py tuned to 1 and 2 steps: see `main`
 """
+import argparse
+import copy
 from dataclasses import dataclass
 
 import torch
 
 import mcm
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -34,23 +35,19 @@ class Recipe:
     p_mean: float = -1.1           # ln t ~ N(p_mean, p_std^2)
     p_std: float = 2.0
 
-
 RECIPES = {
     "hour": Recipe(iterations=8_000, q=256.0, double_every=0, ema=0.9993),         # one A100 hour: FID 2.73
     "long": Recipe(iterations=200_000, q=2.0, double_every=25_000, ema=0.9999),    # 2.20 at 100k, 2.15 at 200k
 }
 MID_SIGMA = 0.821                  # where the authors' second step starts: 80 -> x, + 0.821 noise -> x
 
-
 def stage(iteration, double_every):
     """The curriculum is a function of the iteration alone, so a resumed run cannot lose its place."""
     return iteration // double_every if double_every else 0
 
-
 def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
     """t [B] > 0, log-normal."""
     return (p_mean + p_std * torch.randn(batch, generator=generator, device=device)).exp()
-
 
 def relative_gap(t, stage, q=2, k=8, b=1):
     """(t - r) / t in (0, 1]: n(t) / q^(stage + 1), n(t) = 1 + k sigmoid(-b t), capped where r reaches 0.
@@ -60,27 +57,22 @@ def relative_gap(t, stage, q=2, k=8, b=1):
     """
     return ((1 + k * torch.sigmoid(-b * t)) / float(q) ** (stage + 1)).clamp(max=1)
 
-
 def t_to_r(t, stage, q=2, k=8, b=1):
     """r = max(0, t (1 - n(t) / q^(stage + 1))), in t's shape and dtype."""
     return t * (1 - relative_gap(t, stage, q, k, b))
 
-
 def gap(t, stage, q=2, k=8, b=1, edge=0.0):
     """t - max(r, edge) without cancellation."""
     return torch.minimum(t * relative_gap(t, stage, q, k, b), t - edge)
-
 
 def default_edges(steps):
     """Inner edges in sigma between N segments [N - 1]: those of the cosine schedule, as MCM has them."""
     alpha, sigma = mcm.cosine(torch.arange(1, steps, dtype=torch.float64) / steps)
     return (sigma / alpha).float()
 
-
 def lower_edge(t, edges):
     """The lower end of the segment that holds t [B]: the largest of 0 and `edges` below t. An edge belongs below."""
     return torch.cat([edges.new_zeros(1), edges])[torch.bucketize(t, edges)]
-
 
 def told_segment(denoise, edges=None, **condition):
     """A denoiser that tells the network behind it which segment sigma lies in, as a row of the table of mcm.segment.
@@ -95,7 +87,6 @@ def told_segment(denoise, edges=None, **condition):
             row = row + torch.bucketize(sigma.float() * (1 - 1e-5), edges)
         return denoise(x, sigma, segment=row, **condition)
     return told
-
 
 def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     """ECT's loss per sample: denoise(x, sigma [B]) -> x_hat, x and eps [B, ...], t [B] from draw_t -> [B].
@@ -114,3 +105,39 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     target = mcm.consistency_target(denoise, z_r, z_t, t, r, edge, mcm.edm)
     d = (denoise(z_t, t) - target) * (1 - edge / t).reshape(alike)
     return mcm.pseudo_huber((d**2).reshape(len(d), -1).sum(1), c) / step
+
+def main(n=100_000):
+    """r(t) by stage, then the 1-D toy of mcm.py tuned from its diffusion model; 40 s on two cores."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
+    print("t              ", *(f"{value:9.4g}" for value in t))
+    for q, s in [(2, 0), (2, 1), (2, 3), (2, 5), (2, 7), (256, 0)]:
+        print(f"r, q {q:>3} stage {s}", *(f"{value:9.4g}" for value in t_to_r(t, s, q)))
+    g = torch.Generator().manual_seed(1)
+    truth, z = mcm.mixture(n, g), torch.randn(n, 1, generator=g)
+    diffusion = mcm.toy_diffusion()
+    iterations = 3000
+    print(f"Wasserstein-1 distance to the truth, n = {n}; another {n} true draws: "
+          f"{mcm.distance(mcm.mixture(n, g), truth):.4f}")
+    for N in (1, 2):
+        net, edges = copy.deepcopy(diffusion), default_edges(N)
+        denoise = told_segment(net, edges)
+
+        def loss_of(x, eps, i, g):  # c = 100: squared, as in mcm.py and for the same reason
+            now = stage(i, iterations // 8)
+            return ect_loss(denoise, x, eps, draw_t(len(x), generator=g), now, c=100.0, edges=edges)
+        mcm.train_toy(net, loss_of, iterations)
+        for sigmas in ([80.0], [80.0, MID_SIGMA]) if N == 1 else ():
+            x = torch.zeros_like(z)
+            with torch.no_grad():
+                for sigma in sigmas:
+                    x = denoise(x + sigma * torch.randn(n, 1, generator=g), torch.full((n,), sigma))
+            print(f"ECT, 1 segment, {len(sigmas)} steps: {mcm.distance(x, truth):.4f}")
+    x, times = 80 * z, [80.0, *edges.tolist(), 0.0]
+    with torch.no_grad():
+        for t, s in zip(times, times[1:]):
+            x = mcm.ddim(denoise(x, torch.full((n,), t)), x, t, s, mcm.edm)
+    print(f"ECT, 2 segments, 2 steps: {mcm.distance(x, truth):.4f}")
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,8 @@ Everything is computed per sample, nothing but draw_times is random, the loss co
     python mcm.py                  # the dial in one dimension: a table, and mcm.png (see main)
     python mcm.py --method mcd     # the same by distillation
 """
+import argparse
+import copy
 import math
 
 import torch
@@ -29,7 +31,6 @@ from torch import nn
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 ANGLE_0, ANGLE_1 = math.atan(SIGMA_MIN), math.atan(SIGMA_MAX)
 
-
 def cosine(t):
     """Variance preserving: alpha = cos a, sigma = sin a, with an angle a linear in t in [0, 1].
 
@@ -39,11 +40,9 @@ def cosine(t):
     angle = ANGLE_0 + t * (ANGLE_1 - ANGLE_0)
     return torch.cos(angle), torch.sin(angle)
 
-
 def edm(t):
     """Variance exploding: alpha = 1, sigma = t in [0, 80] (Karras et al. 2206.00364; ECT's)."""
     return torch.ones_like(t), t
-
 
 def at(schedule, t, x):
     """(alpha, sigma) at t, a number or [B], shaped to broadcast against x [B, ...]."""
@@ -51,11 +50,9 @@ def at(schedule, t, x):
         t = torch.tensor(t, dtype=x.dtype, device=x.device)
     return tuple(per_sample(value, x) for value in schedule(t))
 
-
 def per_sample(value, x):
     """[B] -> [B, 1, ...], to broadcast against x [B, ...]; 0-d stays."""
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
-
 
 def mean_per_sample(x):
     """[B, ...] -> [B]."""
@@ -66,20 +63,17 @@ def mean_per_sample(x):
 # Steps. ddim moves z from t to s < t in the belief that the clean image is x; inv_ddim asks which
 # belief would have made that move.
 
-
 def ddim(x, z_t, t, s, schedule=cosine):
     """Eq. (4): z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)."""
     alpha_t, sigma_t = at(schedule, t, z_t)
     alpha_s, sigma_s = at(schedule, s, z_t)
     return alpha_s * x + sigma_s / sigma_t * (z_t - alpha_t * x)
 
-
 def inv_ddim(z_s, z_t, t, s, schedule=cosine):
     """Eq. (5): the x for which ddim(x, z_t, t, s) = z_s."""
     alpha_t, sigma_t = at(schedule, t, z_t)
     alpha_s, sigma_s = at(schedule, s, z_t)
     return (z_s - sigma_s / sigma_t * z_t) / (alpha_s - alpha_t * sigma_s / sigma_t)
-
 
 def addim(x, z_t, t, s, x_var, schedule=cosine):
     """Algorithm 3, adjusted DDIM: ddim, with the length z_s would have if x were no average.
@@ -102,7 +96,6 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
 # ------------------------------------------------------------------------------------------------
 # Times.
 
-
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i): steps that the path is cut into at iteration i, from start to end, log-linearly.
 
@@ -110,7 +103,6 @@ def teacher_steps(i, start=64, end=1280, anneal=100_000):
     of batch 2048; set `anneal` to half of your run. A float: draw_times rounds.
     """
     return start * (end / start) ** min(max(i / anneal, 0.0), 1.0)
-
 
 def draw_times(batch, student_steps, teacher_steps, generator=None, device=None):
     """The times of Algorithm 1 -> t, s, t_step [B]: t_step <= s < t in a segment of length 1/N.
@@ -127,7 +119,6 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None)
     T = n * N
     return (step * n + n_rel) / T, (step * n + n_rel - 1) / T, step * n / T
 
-
 def segment(t, steps):
     """Which segment (i/N, (i+1)/N] holds t [B], as a row in a table of those of all N: int64 [B].
 
@@ -141,7 +132,6 @@ def segment(t, steps):
     i = (t * N - 1e-4).ceil().clamp(min=1).minimum(N) - 1
     return (N * (N - 1) // 2 + i).long()
 
-
 def as_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) from a denoiser D(x0 + sigma eps, sigma): D(z / alpha, sigma / alpha).
 
@@ -154,7 +144,6 @@ def as_f(denoise, schedule=cosine, steps=None, **condition):
         return denoise(z / alpha, (sigma / alpha).flatten(), **told, **condition)
     return f
 
-
 def guided(f, f_uncond, weight):
     """A teacher with classifier-free guidance, for consistency_loss: (guided, conditional) x_hat."""
     def teacher(z, t):
@@ -166,14 +155,12 @@ def guided(f, f_uncond, weight):
 # ------------------------------------------------------------------------------------------------
 # The loss.
 
-
 def pseudo_huber(square, eps):
     """sqrt(square + eps^2) - eps, without cancellation and with slope 0 at 0, also for eps = 0.
 
     A norm where eps is small, a squared error over 2 eps where it is large.
     """
     return square / ((square + eps**2 + 1e-30) ** 0.5 + eps)
-
 
 def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """Pseudo-Huber of the root mean square distance of two predictions in v-space, per sample [B].
@@ -185,7 +172,6 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     alpha, sigma = at(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
     return pseudo_huber(mean_per_sample(v_difference**2), huber_eps)
-
 
 @torch.no_grad()
 def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
@@ -199,7 +185,6 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     x_ref = f_ref(z_s, torch.where(on_edge, t, s))
     z_step = torch.where(per_sample(on_edge, z_s), z_s, ddim(x_ref, z_s, s, t_step, schedule))
     return inv_ddim(z_step, z_t, t, t_step, schedule)
-
 
 def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_ref=None,
                      x_var_frac=0.75, huber_eps=1e-4):
@@ -230,19 +215,16 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
 
 WEIGHTS, MEANS, STD = torch.tensor([0.3, 0.5, 0.2]), torch.tensor([-1.2, 0.2, 1.3]), 0.1
 
-
 def mixture(n, generator=None):
     """n draws [n, 1] of a mixture of three Gaussians."""
     mode = torch.multinomial(WEIGHTS, n, replacement=True, generator=generator)
     return (MEANS[mode] + STD * torch.randn(n, generator=generator))[:, None]
-
 
 def exact_denoise(x, sigma):
     """E[x0 | x0 + sigma eps = x] for the mixture; x [B, 1], sigma [B]."""
     variance = STD**2 + sigma[:, None] ** 2                               # of x, in each mode [B, 1]
     mode = (WEIGHTS.log() - (x - MEANS) ** 2 / (2 * variance)).softmax(1)  # posterior         [B, 3]
     return (mode * (MEANS + STD**2 / variance * (x - MEANS))).sum(1, keepdim=True)
-
 
 class ToyDenoiser(nn.Module):
     """An MLP under EDM's preconditioning (sigma_data = 1), told its segment by an embedding that is
@@ -265,8 +247,7 @@ class ToyDenoiser(nn.Module):
             h = h + self.segment(segment)
         return scale**2 * x + sigma * scale * self.rest(h)
 
-
-def train_toy(net, loss_of, iterations=3000, batch=512, lr=5e-3):
+def train_toy(net, loss_of, iterations=3000, batch=1024, lr=1e-2):
     """Adam on the mean of loss_of(x [B, 1], eps [B, 1], iteration, generator) -> [B]; returns net."""
     g = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(net.parameters(), lr)
@@ -285,7 +266,6 @@ def train_toy(net, loss_of, iterations=3000, batch=512, lr=5e-3):
 # error, and anything else learns medians. No aDDIM either: one element has no norm to speak of.
 SQUARED = dict(huber_eps=100.0)
 
-
 def toy_diffusion(**settings):
     """A diffusion model of the mixture: v_loss with the data as target, t uniform."""
     torch.manual_seed(0)
@@ -298,8 +278,7 @@ def toy_diffusion(**settings):
         return v_loss(as_f(net)(z_t, t), x, z_t, t, **SQUARED)
     return train_toy(net, loss_of, **settings)
 
-
-def toy_multistep(net, steps, teacher=None, told=True, T=(8, 256), iterations=3000, **settings):
+def toy_multistep(net, steps, teacher=None, told=True, T=(8, 128), iterations=3000, **settings):
     """net tuned to each N in `steps`: Algorithm 1, a random N for each sample."""
     def loss_of(x, eps, i, g):
         N = torch.tensor(steps)[torch.randint(len(steps), (len(x),), generator=g)]
@@ -307,7 +286,6 @@ def toy_multistep(net, steps, teacher=None, told=True, T=(8, 256), iterations=30
         f = as_f(net, steps=N if told else None)
         return consistency_loss(f, x, eps, *times, teacher=teacher, x_var_frac=0.0, **SQUARED)
     return train_toy(net, loss_of, iterations, **settings)
-
 
 @torch.no_grad()
 def jumps(f, z, steps):
@@ -318,7 +296,59 @@ def jumps(f, z, steps):
         path.append(ddim(f(path[-1], t), path[-1], t, t - 1 / steps))
     return path
 
-
 def distance(x, y):
     """Wasserstein-1 distance of two samples of one size [n, 1]."""
     return (x.flatten().sort().values - y.flatten().sort().values).abs().mean().item()
+
+def draw_paths(paths, path):
+    """A PNG with a panel for each path (list of z [n, 1]): noise at the left, data at the right, and
+    beside each panel the histogram of where the jumps ended."""
+    from PIL import Image, ImageDraw
+    width, height = 260, 360
+    canvas = Image.new("RGB", (width * len(paths), height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for panel, (name, points) in enumerate(paths.items()):
+        y = height / 2 - torch.stack(points)[:, :, 0] * height / 6                  # [jumps + 1, n]
+        x = torch.linspace(10, width - 70, len(y)).tolist()
+        for i in range(100):
+            shade = int(200 * i / 100)
+            ends = y[:, i::100][:, 0].tolist()
+            draw.line([(panel * width + u, v) for u, v in zip(x, ends)], fill=(shade, 60, 200 - shade))
+        for v, count in enumerate(torch.histc(y[-1], height // 3, 0, height).tolist()):
+            end = panel * width + width - 66
+            draw.rectangle((end, 3 * v, end + 800 * count / y.shape[1], 3 * v + 2), fill=(90, 90, 90))
+        draw.text((panel * width + 10, 8), name, fill="black")
+    canvas.save(path)
+
+def main(n=100_000):
+    """Prints the table that README.md shows and draws the paths; 85 s on two cores of a Xeon."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--method", choices=("mct", "mcd"), default="mct", help="train or distil")
+    parser.add_argument("--out", default="mcm.png", help="where to draw the paths")
+    args = parser.parse_args()
+    g = torch.Generator().manual_seed(1)
+    truth, z = mixture(n, g), torch.randn(n, 1, generator=g)
+    diffusion = toy_diffusion()
+
+    def score(f, steps):
+        return distance(jumps(f, z, steps)[-1], truth)
+    print(f"Wasserstein-1 distance to the truth, n = {n}; another {n} true draws: "
+          f"{distance(mixture(n, g), truth):.4f}; exact denoiser, DDIM in 64 steps: "
+          f"{score(as_f(exact_denoise), 64):.4f}\nsteps  exact DDIM  diffusion model  {args.method}")
+    steps = (1, 2, 4, 8)
+    teacher = as_f(diffusion) if args.method == "mcd" else None
+    paths = {}
+    for N in steps:
+        net = toy_multistep(copy.deepcopy(diffusion), [N], teacher)
+        paths[f"{N} steps"] = jumps(as_f(net, steps=N), z, N)
+        print(f"{N:>5}  {score(as_f(exact_denoise), N):>10.4f}  {score(as_f(diffusion), N):>15.4f}  "
+              f"{distance(paths[f'{N} steps'][-1], truth):.4f}", flush=True)
+    net = toy_multistep(copy.deepcopy(diffusion), steps, teacher)
+    print("one network for all:", *(f"{score(as_f(net, steps=N), N):.4f}" for N in steps))
+    net = toy_multistep(copy.deepcopy(diffusion), [2], teacher, told=False)
+    print(f"2 steps, not told the segment: {score(as_f(net), 2):.4f}")
+    del paths["8 steps"]
+    draw_paths({**paths, "diffusion, 64 steps": jumps(as_f(diffusion), z, 64)}, args.out)
+
+if __name__ == "__main__":
+    main()

@@ -12,19 +12,19 @@ callable. The noise can be passed in, so every result can be repeated.
     python sample.py CKPT --steps 2 --n 64 --out grid.png        # a grid
     python sample.py CKPT --n 50000 --out samples.npz            # uint8 NHWC in arr_0, for fid.py
 """
-import argparse
 import functools
+import math
+from pathlib import Path
 
+import numpy as np
 import torch
 
 import ect
 import mcm
 
-
 def time_grid(steps):
     """N -> [1, (N-1)/N, ..., 0]; a list of decreasing times stays what it is."""
     return [i / steps for i in range(steps, -1, -1)] if isinstance(steps, int) else [float(t) for t in steps]
-
 
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine):
@@ -36,14 +36,11 @@ def multistep(f, z, steps, schedule=mcm.cosine):
         state = mcm.ddim(x.double(), state, t, s, schedule)
     return state.to(z.dtype)
 
-
 ddim = multistep  # eq. (4) repeated: what differs is the f it is given, not the sampler
-
 
 def paper_x_var(alpha, sigma):
     """The variance per element that a diffusion model's x_hat lacks, as the paper guesses it for images."""
     return 0.1 / (2 + alpha**2 / sigma**2)
-
 
 @torch.no_grad()
 def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
@@ -55,7 +52,6 @@ def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
         alpha_t, sigma_t = mcm.at(schedule, t, state)
         state = mcm.addim(x.double(), state, t, s, x_var(alpha_t, sigma_t), schedule)
     return state.to(z.dtype)
-
 
 @torch.no_grad()
 def renoise(denoise, latents, sigmas, noise=None):
@@ -69,7 +65,6 @@ def renoise(denoise, latents, sigmas, noise=None):
         t = torch.full((len(x),), float(sigma), dtype=x.dtype, device=x.device)
         x = denoise(x + sigma * eps.double(), t).double()
     return x
-
 
 @torch.no_grad()
 def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_MAX, rho=7):
@@ -87,10 +82,8 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
         x = x + (s - t) * slope
     return x
 
-
 # ------------------------------------------------------------------------------------------------
 # From a network to images.
-
 
 def generator(net, method, steps, segmented=False, sampler=None, **condition):
     """The sampler that fits how `net` was trained -> (noise [B, C, H, W] -> x in [-1, 1], evaluations).
@@ -114,11 +107,9 @@ def generator(net, method, steps, segmented=False, sampler=None, **condition):
     sigmas = [mcm.SIGMA_MAX] + ([ect.MID_SIGMA] if steps == 2 else inner)
     return lambda z: renoise(ect.told_segment(denoise), z, sigmas), steps
 
-
 def to_uint8(x):
     """[-1, 1] -> 0 .. 255, to the nearest; the inverse of v / 127.5 - 1 on all 256 levels."""
     return (x.clamp(-1, 1) * 127.5 + 127.5).round().byte()
-
 
 def save_grid(x, path, columns, labels=()):
     """x [B, 3, H, W] in [-1, 1] -> a PNG, `columns` images wide, twice their size, rows labelled."""
@@ -132,3 +123,45 @@ def save_grid(x, path, columns, labels=()):
     for i, label in enumerate(labels):
         ImageDraw.Draw(canvas).text((6, (i + 0.4) * picture.height / len(labels)), label, fill="black")
     canvas.save(path, format="PNG")
+
+def main():
+    import fid
+    import train_cifar
+    parser = fid.Parser(prog="sample.py", description=__doc__.split("\n")[0])
+    number = train_cifar.number
+    parser.add_argument("checkpoint", help="latest.pt or diffusion.pt of a run")
+    parser.add_argument("--steps", type=number(int, 1, 1000), help="default: as trained")
+    parser.add_argument("--n", type=number(int, 1, 10**7), default=64, help="how many")
+    parser.add_argument("--out", default="samples.png", help="a grid .png, or .npz with uint8 NHWC in arr_0")
+    parser.add_argument("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")
+    parser.add_argument("--batch", type=number(int, 1, 10**6), default=250)
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    out = Path(args.out)
+    if out.suffix not in (".png", ".npz") or not out.parent.is_dir():
+        parser.error(f"--out {out}: give a .png or .npz in a folder that exists")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; leave it out")
+    net, state = train_cifar.load_checkpoint(args.checkpoint, args.device)
+    method, trained = state["method"], state["config"]["steps"]
+    steps = args.steps or (18 if method == "diffusion" else trained[-1])
+    if args.sampler and method != "diffusion":
+        parser.error(f"--sampler is for diffusion models, this one is tuned by {method}: leave it out")
+    if method in ("mct", "mcd") and steps not in trained or state["config"]["segmented"] and steps != trained[0]:
+        parser.error(f"--steps {steps}: {args.checkpoint} was trained for {trained}, choose of these")
+    sampler = args.sampler or ("heun" if method == "diffusion" else None)
+    generate, nfe = generator(net, method, steps, state["config"]["segmented"], sampler)
+    side = net.arguments["resolution"]
+    z = torch.randn(args.n, 3, side, side, generator=torch.Generator().manual_seed(args.seed))
+    x = torch.cat([generate(part.to(args.device)).float().cpu() for part in z.split(args.batch)])
+    if out.suffix == ".npz":
+        train_cifar.write(out, lambda path: np.savez(open(path, "wb"), arr_0=to_uint8(x).permute(0, 2, 3, 1)))
+    else:
+        train_cifar.write(out, lambda path: save_grid(x, path, math.ceil(args.n**0.5)))
+    print(f"{out}: {args.n} samples of {state['data']} by {method}, {steps} steps, {nfe} evaluations")
+
+if __name__ == "__main__":
+    import fid
+    fid.run(main)

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +33,9 @@ from fid import UserError
 # ------------------------------------------------------------------------------------------------
 # Settings.
 
-
 def opt(default, help, low=None, high=None, kind=None, **more):
     kind = kind or type(default)
     return field(default=default, metadata=dict(help=help, kind=kind, range=(low, high), more=more))
-
 
 @dataclass
 class Config:
@@ -77,7 +75,6 @@ class Config:
     save_every: int = opt(None, "iterations between checkpoints", 1, 10**9, int)
     log_every: int = opt(50, "iterations between log lines", 1, 10**9)
 
-
 PRESETS = {
     # A laptop: a small U-Net on 2x2 patches. Squared error and few teacher steps, because errors
     # accumulate along the chain of references and a short run cannot wash them out.
@@ -94,13 +91,11 @@ PRESETS = {
 # The network: DDPM++ as EDM ships it, so that the published weights load by key. shared names:
 # {resolution}x{resolution}_{block}. Comments give the shapes of the full network.
 
-
 def hash32(h):
     """An integer hash on int64 tensors that hold 32-bit values (products stay below 2^63)."""
     for _ in range(2):
         h = ((h >> 16) ^ h) * 0x45D9F3B & 0xFFFFFFFF
     return (h >> 16) ^ h
-
 
 def dropout(x, p, seed, layer):
     """Dropout by a mask that is a function of (seed of the sample [B], layer, element), no more.
@@ -112,7 +107,6 @@ def dropout(x, p, seed, layer):
     start = hash32(seed + 0x9E3779B1 * layer & 0xFFFFFFFF).view(-1, 1, 1, 1)
     keep = hash32(start + element & 0xFFFFFFFF) >= int(p * 2**32)
     return x * keep / (1 - p)
-
 
 class Conv(nn.Conv2d):
     """A convolution that EDM may fuse with 2x2 resampling: box average down, repeat up."""
@@ -130,10 +124,8 @@ class Conv(nn.Conv2d):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         return super().forward(x)
 
-
 def norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
-
 
 class Block(nn.Module):
     def __init__(self, c_in, c_out, c_emb, p=0.0, layer=0, resample=None, attention=False):
@@ -165,12 +157,11 @@ class Block(nn.Module):
             x = (self.proj(a) + x) * 0.5**0.5
         return x
 
-
 class DDPMpp(nn.Module):
     """The raw network F(c_in x, c_noise, labels, augment labels, segment)."""
 
-    def __init__(self, width, mult, blocks, classes, augment_dim, p, resolution, patch, segments,
-                 attention):
+    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, classes=0, augment_dim=0, dropout=0.0,
+                 resolution=32, patch=1, segments=0, attention=(16,)):
         super().__init__()
         self.patch = patch
         c_emb = 4 * width
@@ -180,55 +171,41 @@ class DDPMpp(nn.Module):
         self.map_augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
         self.map_layer0 = nn.Linear(width, c_emb)
         self.map_layer1 = nn.Linear(c_emb, c_emb)
-        if segments:  # ours: which (N, segment) a time lies in; zero, so a loaded model is unchanged
-            self.map_segment = nn.Embedding(segments, c_emb)
-            nn.init.zeros_(self.map_segment.weight)
-
+        # Ours: which (N, segment) a time lies in. Zero at first, so a loaded model is unchanged.
+        self.map_segment = nn.Embedding(segments, c_emb) if segments else None
         layers = iter(range(1000))
 
         def block(c_in, c_out, **kw):
-            return Block(c_in, c_out, c_emb, p, next(layers), **kw)
-
-        self.enc = nn.ModuleDict()
-        c, skips = width, []
-        for level, m in enumerate(mult):
-            res = resolution // patch >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv(3 * patch**2, c, 3)
-            else:
-                self.enc[f"{res}x{res}_down"] = block(c, c, resample="down")
-            skips.append(c)
-            for i in range(blocks):
-                self.enc[f"{res}x{res}_block{i}"] = block(c, width * m, attention=res in attention)
+            return Block(c_in, c_out, c_emb, dropout, next(layers), **kw)
+        sizes = [f"{size}x{size}" for size in (resolution // patch >> i for i in range(len(mult)))]
+        attends = [size in [f"{a}x{a}" for a in attention] for size in sizes]
+        c, skips = width, [width]
+        self.enc = nn.ModuleDict({f"{sizes[0]}_conv": Conv(3 * patch**2, width, 3)})
+        for i, (size, m) in enumerate(zip(sizes, mult)):
+            if i > 0:
+                self.enc[f"{size}_down"] = block(c, c, resample="down")
+                skips.append(c)
+            for j in range(blocks):
+                self.enc[f"{size}_block{j}"] = block(c, width * m, attention=attends[i])
                 c = width * m
                 skips.append(c)
-        self.dec = nn.ModuleDict()
-        for level, m in reversed(list(enumerate(mult))):
-            res = resolution // patch >> level
-            if level == len(mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = block(c, c, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(c, c)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(c, c, resample="up")
-            for i in range(blocks + 1):
-                self.dec[f"{res}x{res}_block{i}"] = block(
-                    c + skips.pop(), width * m, attention=res in attention and i == blocks)
+        self.dec = nn.ModuleDict({f"{sizes[-1]}_in0": block(c, c, attention=True),
+                                  f"{sizes[-1]}_in1": block(c, c)})
+        for i, (size, m) in reversed(list(enumerate(zip(sizes, mult)))):
+            if i < len(mult) - 1:
+                self.dec[f"{size}_up"] = block(c, c, resample="up")
+            for j in range(blocks + 1):
+                self.dec[f"{size}_block{j}"] = block(c + skips.pop(), width * m,
+                                                     attention=attends[i] and j == blocks)
                 c = width * m
-        self.dec[f"{res}x{res}_aux_norm"] = norm(c)
-        self.dec[f"{res}x{res}_aux_conv"] = Conv(c, 3 * patch**2, 3)
-        self.init_like_edm()
-
-    def init_like_edm(self):
-        """Xavier-uniform; the last layer of every residual branch starts near zero."""
-        for name, p in self.named_parameters():
-            if p.ndim > 1 and "map_segment" not in name:
-                nn.init.xavier_uniform_(p)
-                if name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight")):
-                    p.data *= 1e-5
-                elif "qkv" in name:
-                    p.data *= 0.2**0.5
-            elif name.endswith("bias"):
+        self.dec[f"{sizes[0]}_aux_norm"] = norm(c)
+        self.dec[f"{sizes[0]}_aux_conv"] = Conv(c, 3 * patch**2, 3)
+        for name, p in self.named_parameters():  # as EDM: the ends of residual branches near zero
+            if "map_segment" in name or name.endswith("bias"):
                 nn.init.zeros_(p)
+            elif p.ndim > 1:
+                last = name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight"))
+                nn.init.xavier_uniform_(p, 1e-5 if last else 0.2**0.5 if "qkv" in name else 1)
 
     def forward(self, x, c_noise, labels=None, augment=None, segment=None, seed=None):
         angle = c_noise[:, None].float() * self.freqs
@@ -258,19 +235,16 @@ class DDPMpp(nn.Module):
                 x = layer(torch.cat([x, skips.pop()], 1) if "block" in name else x, emb, seed)
         return F.pixel_shuffle(x, self.patch)
 
-
 class UNet(nn.Module):
-    """D(x, sigma) under EDM's preconditioning, sigma_data = 0.5; the same in train and eval."""
+    """D(x, sigma) under EDM's preconditioning, sigma_data = 0.5; the same in train and eval.
 
-    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, classes=0, augment_dim=0, dropout=0.0,
-                 resolution=32, patch=1, segments=0, attention=(16,)):
+    arguments: those of DDPMpp.
+    """
+
+    def __init__(self, **arguments):
         super().__init__()
-        self.arguments = dict(width=width, mult=tuple(mult), blocks=blocks, classes=classes,
-                              augment_dim=augment_dim, dropout=dropout, resolution=resolution,
-                              patch=patch, segments=segments, attention=tuple(attention))
-        self.half = None  # autocast dtype of the raw network
-        self.model = DDPMpp(width, mult, blocks, classes, augment_dim, dropout, resolution, patch,
-                            segments, attention)
+        self.arguments, self.half = arguments, None  # half: the autocast dtype of the raw network
+        self.model = DDPMpp(**arguments)
 
     def forward(self, x, sigma, labels=None, augment=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
@@ -291,22 +265,21 @@ class UNet(nn.Module):
         return 0.25 * scale**2 * x + 0.5 * s * scale * out.float()
 
     def load(self, state, name):
-        """Load `state` by key; only the segment embedding may be missing."""
-        missing, extra = self.load_state_dict(state, strict=False)
-        missing = [key for key in missing if "map_segment" not in key]
-        if missing or extra:
-            raise UserError(f"{name}: not this architecture; missing {missing[:3]}, extra {extra[:3]}")
+        """Load `state` by key; only the segment embedding may be missing. Returns self."""
+        own = self.state_dict()
+        odd = [key for key in own.keys() | state.keys() if "map_segment" not in key and (
+            key not in own or key not in state or own[key].shape != state[key].shape)]
+        if odd:
+            raise UserError(f"{name} does not fit the network at {sorted(odd)[:3]}: it is of another "
+                            "architecture, give one of this")
+        self.load_state_dict(state, strict=False)
         return self
-
 
 # ------------------------------------------------------------------------------------------------
 # Data: one uint8 tensor [n, 3, H, W], labels [n], and a name that follows the run everywhere.
 
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 SHAPES = ("disc", "square", "triangle")
 PAINTS = ((230, 40, 50), (40, 170, 70), (40, 90, 220), (240, 200, 40), (170, 60, 190))
-
 
 def shapes(n=20_000, size=32, seed=0):
     """The stand-in when nothing can be downloaded: a shape in one of five colours on a soft grey
@@ -331,50 +304,34 @@ def shapes(n=20_000, size=32, seed=0):
         images.append((inside * paint + (1 - inside) * ground[:, None]).round().byte())
     return torch.cat(images), labels
 
-
 @dataclass
 class Data:
     name: str
     images: torch.Tensor
     labels: torch.Tensor
-    classes: tuple
-
-
-def cifar10():
-    """The training split from ./data, fetched there if need be."""
-    from torchvision.datasets import CIFAR10
-    if not Path("data/cifar-10-batches-py").exists():
-        fid.fetch(CIFAR_URL, CIFAR_SHA256, "data")
-    try:
-        data = CIFAR10("data", train=True, download=True)  # checks and unpacks what is there
-    except RuntimeError as error:
-        raise UserError(f"data/cifar-10-batches-py is damaged ({error}): delete it and run again")
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(data.targets), tuple(data.classes)
-
+    classes: list
 
 def load_data(spec):
-    if spec in ("auto", "cifar10"):
+    """--data -> Data; square images whose side the U-Net can halve."""
+    if spec == "auto":
         try:
-            return Data("cifar10", *cifar10())
+            return load_data("cifar10")
         except UserError as error:
-            if spec == "cifar10":
-                raise
-            say(f"{error}\n*** NO CIFAR-10: TRAINING ON THE BUILT-IN SHAPES INSTEAD ***")
-            spec = "shapes"
+            say(f"{error}\n*** NO CIFAR-10: THE BUILT-IN SHAPES STAND IN FOR IT, SEE --data ***")
+            return load_data("shapes")
     if spec == "shapes":
-        return Data("shapes", *shapes(), SHAPES)
-    path = Path(spec)
-    if path.suffix == ".npz":
-        images, labels, classes = fid.read_npz(path)
-    else:
-        images, labels, classes = fid.read_folder(path)
-    return Data(path.resolve().name, images, labels, tuple(classes))
-
+        return Data(spec, *shapes(), SHAPES)
+    if spec == "cifar10":
+        return Data(spec, *fid.read_cifar10())
+    data = Data(Path(spec).resolve().stem, *(fid.read_npz if spec.endswith(".npz") else fid.read_folder)(spec))
+    height, width = data.images.shape[2:]
+    if height != width or height % 16 or len(data.images) < 8:
+        raise UserError(f"--data {spec}: {len(data.images)} images of {width}x{height}; give at least 8, "
+                        "square, with a side that 16 divides")
+    return data
 
 # ------------------------------------------------------------------------------------------------
 # One step: what is drawn, and which loss. Randomness is a function of (seed, phase, step).
-
 
 def draw(run, phase, step):
     """The random part of a step, for the whole batch of all processes: a dict of tensors [B, ...].
@@ -397,7 +354,6 @@ def draw(run, phase, step):
         b["t"], b["s"], b["t_step"] = mcm.draw_times(c.batch, b["N"], T, **on)
     return b
 
-
 def step_loss(net, teacher, c, phase, b, stage):
     """[B] from the tensors of `draw`. All that runs on the device; it compiles as one graph."""
     x = b["x"].float() / 127.5 - 1
@@ -414,7 +370,6 @@ def step_loss(net, teacher, c, phase, b, stage):
     return mcm.consistency_loss(f, x, b["eps"], b["t"], b["s"], b["t_step"], huber_eps=c.huber_eps,
                                 teacher=mcm.as_f(teacher) if c.method == "mcd" else None)
 
-
 def rectification(step, beta=0.999):
     """RAdam's factor on Adam's step (Liu et al. 1908.03265), a function of the step alone.
 
@@ -426,7 +381,6 @@ def rectification(step, beta=0.999):
     if rho <= 5:
         return 0.0
     return ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
-
 
 def train(run, net, phase, teacher=None):
     """Train `net` in a phase ("pretrain" or "tune") -> its averaged copy, which is the result."""
@@ -456,56 +410,42 @@ def train(run, net, phase, teacher=None):
         run.tick(phase, step + 1, iterations, torch.cat(losses).detach().clone(), parts)
     return ema
 
-
 # ------------------------------------------------------------------------------------------------
 # What the tuning bought: one table, one picture.
 
-
 def report(run, extractor, diffusion, tuned):
     """The diffusion model at N steps and at many, the tuned one at N: table, result.json, dial.png."""
-    c, images = run.config, run.data.images
+    c, n = run.config, run.config.fd_samples
+    real, floor, floor_n = fid.reference(run.data.images, extractor, n)
+    metric = fid.metric_name(extractor.name, n)
 
-    def statistics(batches):
-        return fid.evaluate(batches, extractor, run.device)
-
-    def distance(a, b):
-        return fid.frechet_distance(a.mean, a.cov, b.mean, b.cov)
-
-    def row(model, N):  # -> sampler, row of the table; the diffusion model's best is by Heun
+    def sampler(model, N):  # the diffusion model's best is by Heun
         net, method = (tuned, c.method) if model == "tuned" else (diffusion, "diffusion")
         heun = "heun" if model == "diffusion" and N == c.many else None
         generate, nfe = sample.generator(net, method, N, c.segmented, heun)
         return generate, dict(model=model, method=method, steps=N, nfe=nfe)
-
-    order = torch.from_numpy(np.random.default_rng(c.seed).permutation(len(images)))
-    n, pair = c.fd_samples, order[:2 * min(c.fd_samples, len(order) // 2)].chunk(2)
-    reference = statistics(images[order].split(500))
-    floor = distance(*(statistics(images[half].split(500)) for half in pair))
-    metric = fid.metric_name(extractor.name, n)
-    say(f"\n{run.data.name}, {c.method}: {metric} against {len(order)} images; two sets of "
-        f"{len(pair[0])} real images are {floor:.4f} apart\n"
+    say(f"\n{run.data.name}, {c.method}: {metric} against {len(run.data.images)} images; two sets of "
+        f"{floor_n} real images are {floor:.4f} apart\n"
         f"{'model':<10} {'steps':>5} {'evaluations':>11} {'distance':>10} {'images/s':>9}")
     rows = []
-    for model, N in [("diffusion", N) for N in c.steps] + [("tuned", N) for N in c.steps] + [
-            ("diffusion", c.many)]:
-        generate, found = row(model, N)
+    for model, N in [*((model, N) for model in ("diffusion", "tuned") for N in c.steps),
+                     ("diffusion", c.many)]:
+        generate, row = sampler(model, N)
         start = time.time()
-        batches = (run.noise(i, min(500, n - i)) for i in range(0, n, 500))
-        made = statistics(sample.to_uint8(generate(z)) for z in batches)
-        speed = n / (time.time() - start)
-        rows.append(dict(found, metric=metric, distance=distance(made, reference), n=n,
-                         features=extractor.name, images_per_second=speed))
-        say("{model:<10} {steps:>5} {nfe:>11} {distance:>10.4f} {images_per_second:>9.0f}"
-            .format(**rows[-1]))
+        noise = (run.noise(i, min(500, n - i)) for i in range(0, n, 500))
+        made = fid.evaluate((sample.to_uint8(generate(z)) for z in noise), extractor)
+        row["images_per_second"] = n / (time.time() - start)
+        row["distance"] = fid.frechet_distance(made.mean, made.cov, real.mean, real.cov)
+        rows.append(dict(row, metric=metric, features=extractor.name, n=n, floor=floor))
+        say("{model:<10} {steps:>5} {nfe:>11} {distance:>10.4f} {images_per_second:>9.0f}".format(**row))
     own, now, best = (rows[i]["distance"] for i in (0, len(c.steps), -1))
     say(f"tuning closed {(own - now) / (own - best):.0%} of the gap between {c.steps[0]} steps of the "
-        f"diffusion model and its {rows[-1]['nfe']} evaluations; see {run.out}/dial.png")
+        f"diffusion model and its {rows[-1]['nfe']} evaluations; pictures: {run.out}/dial.png")
     write(run.out / "result.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
-    dial = [row("tuned" if N in c.steps else "diffusion", N) for N in (1, 2, 4, 8, c.many)]
+    dial = [sampler("tuned" if N in c.steps else "diffusion", N) for N in (1, 2, 4, 8, c.many)]
     pictures = torch.cat([generate(run.noise(0, 10)) for generate, _ in dial])
-    labels = [f"{found['model']} {found['nfe']}" for _, found in dial]
+    labels = [f"{row['model']} {row['nfe']}" for _, row in dial]
     write(run.out / "dial.png", lambda path: sample.save_grid(pictures, path, 10, labels))
-
 
 # ------------------------------------------------------------------------------------------------
 # Plumbing: the run's folder, checkpoints, processes, arguments. Nothing below is about the method.
@@ -515,11 +455,9 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FREE = ("out", "data", "init", "device", "iters", "features", "fd_samples", "many", "precision",
         "compile", "accum", "save_every", "log_every")  # what may change when a run goes on
 
-
 def say(*words):
     if os.environ.get("RANK", "0") == "0":
         print(*words, flush=True)
-
 
 def write(path, save):
     """The one way a file comes to be: save(a temporary path), flushed to the disk, then renamed."""
@@ -534,7 +472,6 @@ def write(path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def load_checkpoint(path, device="cpu", **changes):
     """A checkpoint of ours -> (its averaged network, all of it); changes: constructor arguments."""
     try:
@@ -546,7 +483,6 @@ def load_checkpoint(path, device="cpu", **changes):
     except Exception as error:  # torch.load fails in too many ways to name, all with one remedy
         raise UserError(f"{path} is damaged or not a checkpoint of train_cifar.py "
                         f"({type(error).__name__}): give another, or delete it") from None
-
 
 class Run:
     """A run: its settings, data, device and folder, and this process's place among the others."""
@@ -572,28 +508,28 @@ class Run:
     def restore(self, phase, parts):
         """Take up latest.pt if it is of this phase -> iterations done."""
         state = self.saved if self.saved.get("phase") == phase else {"step": 0, "recent": []}
-        for name in parts if state["step"] else ():
-            parts[name].load_state_dict(state[name])
         if state["step"]:
             say(f"{phase}: going on from iteration {state['step']}")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
         self.recent, self.first, self.start = list(state["recent"]), state["step"], time.time()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: setattr(self, "stop", number))
         return self.first
 
     def tick(self, phase, step, iterations, losses, parts):
-        """After each step: log, checkpoint, stop. The host waits for the device here and nowhere else."""
+        """After each step: log, save, stop. The host waits for the device here and nowhere else."""
         c, last = self.config, step == iterations
         self.recent.append(losses)
         logs, saves = (last or step % every == 0 for every in (c.log_every, c.save_every))
+        stop = self.stop if self.world == 1 else 0
         if self.world > 1 and (logs or saves):  # all stop at the same step
-            stop = torch.tensor(self.stop, device=self.device)
-            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
-            self.stop = int(stop)
-        stop = self.stop if self.world == 1 or logs or saves else 0
+            flag = torch.tensor(self.stop, device=self.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            stop = int(flag)
         if not (logs or saves or stop):
             return
-        recent = torch.stack(self.recent).cpu()                                       # [steps, B]
+        recent = torch.stack(self.recent).cpu()                                     # [steps, B]
         if not recent.isfinite().all():
             i, j = (~recent.isfinite()).nonzero()[0].tolist()
             at = step - len(recent) + i
@@ -601,13 +537,12 @@ class Run:
             sys.exit(f"error: loss {recent[i, j]} in {phase} iteration {at}, sample {j}, {times}; the "
                      "last checkpoint is kept: try a smaller --lr, or --precision fp32")
         if logs and self.rank == 0:
-            self.log(phase, step, iterations, recent.mean().item(), **parts)
-        if logs:
-            self.recent = []
+            self.log(phase, step, iterations, recent.mean().item(), parts["optimizer"], parts["scaler"])
+        self.recent = [] if logs else self.recent
         if (saves or stop) and self.rank == 0:
             self.save("latest.pt", phase, parts["ema"], step=step, recent=self.recent,
                       **{name: part.state_dict() for name, part in parts.items() if name != "ema"})
-            N, method = (18, "diffusion") if phase == "pretrain" else (c.steps[0], c.method)
+            N, method = (c.many, "diffusion") if phase == "pretrain" else (c.steps[-1], c.method)
             images = sample.generator(parts["ema"], method, N, c.segmented)[0](self.noise(0, 32))
             write(self.out / f"samples-{phase}-{step:06d}.png",
                   lambda path: sample.save_grid(images, path, 8))
@@ -615,10 +550,10 @@ class Run:
             say(f"stopped at {phase} iteration {step} and saved; the same command goes on from there")
             sys.exit(128 + stop)
 
-    def log(self, phase, step, iterations, loss, net, optimizer, scaler, **_):
+    def log(self, phase, step, iterations, loss, optimizer, scaler):
         speed = (step - self.first) * self.config.batch / (time.time() - self.start)
         left = (iterations - step) * self.config.batch / speed
-        skipped = step - int(optimizer.state[next(net.parameters())]["step"])  # fp16 overflows
+        skipped = step - int(next(iter(optimizer.state.values()))["step"])  # fp16 overflows
         say(f"{phase} {step}/{iterations}  loss {loss:.5f}  {speed:.0f} images/s  "
             f"{left // 60:.0f}:{left % 60:02.0f} left" + (f"  {skipped} skipped" if skipped else ""))
         row = dict(phase=phase, step=step, loss=loss, images_per_second=speed, skipped=skipped)
@@ -634,29 +569,52 @@ class Run:
                      data=self.data.name, config=asdict(self.config), **more)
         write(self.out / name, lambda path: torch.save(state, path))
 
-
 def diffusion_model(run):
     """The diffusion model to tune: this run's own, else --init, else one trained here."""
     c, own = run.config, run.out / "diffusion.pt"
-    size = run.data.images.shape[-1]
-    half = HALF.get(c.precision)
-    if own.exists() or c.init not in ("auto", "none"):
-        net, state = load_checkpoint(own if own.exists() else c.init, run.device)
+    size, half = run.data.images.shape[-1], HALF.get(c.precision)
+    path = own if own.exists() else None if c.init in ("auto", "none") else c.init
+    if path:
+        net, state = load_checkpoint(path, run.device)
         if state["method"] != "diffusion" or net.arguments["resolution"] != size:
-            raise UserError(f"--init {c.init} is a {state['method']} model of {net.arguments['resolution']}"
+            raise UserError(f"--init {path} is a {state['method']} model of {net.arguments['resolution']}"
                             f" pixels: give a run's diffusion.pt, made for {size}")
-        say(f"diffusion model: {own if own.exists() else c.init}")
+        say(f"diffusion model: {path}")
     else:
         torch.manual_seed(c.seed)
-        net = UNet(c.width, c.mult, c.blocks, dropout=c.dropout, resolution=size, patch=c.patch,
-                   attention=c.attention).to(run.device)
+        net = UNet(width=c.width, mult=c.mult, blocks=c.blocks, dropout=c.dropout, resolution=size,
+                   patch=c.patch, attention=c.attention).to(run.device)
         net.half = half
         net = train(run, net, "pretrain")
-    if run.rank == 0 and not own.exists():
+    if run.rank == 0 and path != own:
         run.save("diffusion.pt", "pretrain", net)
     net.half = half
     return net.requires_grad_(False).to(memory_format=torch.channels_last)
 
+def open_folder(c, given, data, device):
+    """Make --out ours alone -> the settings of the run, its latest checkpoint (or {}), the lock."""
+    out = Path(c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "a")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another") from None
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when we end
+    except OSError:
+        raise UserError(f"--out {out} is in use by another run: wait, or choose another") from None
+    c = replace(c, out=str(out))
+    if not (out / "latest.pt").exists():
+        return c, {}, lock
+    saved = load_checkpoint(out / "latest.pt", device)[1]
+    kept = {k: v for k, v in saved["config"].items() if k not in FREE}
+    asked = {**{k: v for k, v in given.items() if k in kept}, "data": data.name}
+    for key, value in {**kept, "data": saved["data"]}.items():
+        if asked.get(key, value) != value:
+            raise UserError(f"--{key.replace('_', '-')}: the run in {out} was begun with {value}, not "
+                            f"{asked[key]}: leave that as it was, or choose another --out")
+    return replace(c, **kept), saved, lock
 
 def number(kind, low, high):
     def parse(text):
@@ -668,7 +626,6 @@ def number(kind, low, high):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
         return value
     return parse
-
 
 def parse(arguments):
     """The command line -> a dict of the settings given there and no others."""
@@ -685,7 +642,6 @@ def parse(arguments):
     return {key: tuple(value) if isinstance(value, list) else value
             for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
 
-
 def main(arguments=None):
     given = parse(arguments)
     name = given.get("device", "auto")
@@ -700,32 +656,12 @@ def main(arguments=None):
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     extractor = fid.feature_extractor(c.features, device)
     data = load_data(c.data)
-    c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
-    out, saved = Path(c.out), {}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "lock", "a")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another") from None
-    if os.environ.get("RANK", "0") == "0":
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when we end
-        except OSError:
-            raise UserError(f"--out {out} is in use by another run: wait, or choose another") from None
-    if (out / "latest.pt").exists():
-        _, saved = load_checkpoint(out / "latest.pt", device)
-        kept = {k: v for k, v in saved["config"].items() if k not in FREE}
-        for key, value in kept.items():
-            if key in given and given[key] != value:
-                raise UserError(f"--{key.replace('_', '-')}: {out} was begun with {value}, not "
-                                f"{given[key]}; leave it as it was or choose another --out")
-        if saved["data"] != data.name:
-            raise UserError(f"--data: {out} was begun on {saved['data']}, this is {data.name}; choose "
-                            "another --out")
-        c = Config(**{**asdict(c), **kept})
-    data.images = data.images.to(device)
+    c, saved, lock = open_folder(c, given, data, device)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("highest" if c.precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
+    data.images = data.images.to(device)
     run = Run(c, data, device, saved)
     diffusion = diffusion_model(run)
     N = max(c.steps)
@@ -734,7 +670,6 @@ def main(arguments=None):
     tuned = train(run, net, "tune", diffusion)
     if run.rank == 0:
         report(run, extractor, diffusion, tuned)
-
 
 if __name__ == "__main__":
     fid.run(main)
