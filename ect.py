@@ -106,9 +106,9 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     d = (denoise(z_t, t) - target) * (1 - edge / t).reshape(alike)
     return mcm.pseudo_huber((d**2).reshape(len(d), -1).sum(1), c) / step
 
-def main(n=100_000):
+def main(arguments=None, n=100_000):
     """r(t) by stage, then the 1-D toy of mcm.py tuned from its diffusion model; 40 s on two cores."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(arguments)
     t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
     print("t              ", *(f"{value:9.4g}" for value in t))
     for q, s in [(2, 0), (2, 1), (2, 3), (2, 5), (2, 7), (256, 0)]:

@@ -320,12 +320,12 @@ def draw_paths(paths, path):
         draw.text((panel * width + 10, 8), name, fill="black")
     canvas.save(path)
 
-def main(n=100_000):
+def main(arguments=None, n=100_000):
     """Prints the table that README.md shows and draws the paths; 85 s on two cores of a Xeon."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--method", choices=("mct", "mcd"), default="mct", help="train or distil")
     parser.add_argument("--out", default="mcm.png", help="where to draw the paths")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     g = torch.Generator().manual_seed(1)
     truth, z = mixture(n, g), torch.randn(n, 1, generator=g)
     diffusion = toy_diffusion()

@@ -124,7 +124,7 @@ def save_grid(x, path, columns, labels=()):
         ImageDraw.Draw(canvas).text((6, (i + 0.4) * picture.height / len(labels)), label, fill="black")
     canvas.save(path, format="PNG")
 
-def main():
+def main(arguments=None):
     import fid
     import train_cifar
     parser = fid.Parser(prog="sample.py", description=__doc__.split("\n")[0])
@@ -138,7 +138,7 @@ def main():
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     out = Path(args.out)
     if out.suffix not in (".png", ".npz") or not out.parent.is_dir():
         parser.error(f"--out {out}: give a .png or .npz in a folder that exists")

@@ -350,3 +350,117 @@ def test_dropout_is_one_mask():
     assert abs(kept.mean() - 1) < 0.01 and set(kept.unique().tolist()) == {0.0, 1.25}
     flat = (kept > 0).float().reshape(64, -1)
     assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 0.08     # between samples: 4096 elements
+
+# ------------------------------------------------------------------------------------------------
+# The programs, as a user runs them
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Arguments of a run of seconds on 64 shapes, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("shapes.npz", arr_0=train_cifar.shapes(64, 16)[0].permute(0, 2, 3, 1))
+    return ("--data shapes.npz --device cpu --width 16 --mult 1 --blocks 1 --pretrain-iters 6 --iters 6 "
+            "--batch 4 --log-every 2 --save-every 2 --fd-samples 16 --many 2").split()
+
+def loss_rows(out):
+    rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [(row["phase"], row["step"], row["loss"]) for row in rows]
+
+def same(a, b):
+    if torch.is_tensor(a):
+        return a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "config")
+    return all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+@pytest.mark.parametrize("method", ["mct", "mcd", "ect"])
+def test_a_run_that_died_and_went_on_is_the_run_that_did_not(tiny, method, monkeypatch):
+    tiny += ["--method", method]
+    train_cifar.main([*tiny, "--out", "straight"])
+    draw, blows = train_cifar.draw, [("pretrain", 3, "crash"), ("pretrain", 5, signal.SIGINT),
+                                     ("tune", 1, "crash"), ("tune", 4, signal.SIGTERM)]
+
+    def deadly(run, phase, step):
+        if blows and (phase, step) == blows[0][:2]:
+            blow = blows.pop(0)[2]
+            if blow == "crash":  # as kill -9: nothing is saved
+                raise RuntimeError
+            os.kill(os.getpid(), blow)
+        return draw(run, phase, step)
+    monkeypatch.setattr(train_cifar, "draw", deadly)
+    while blows:
+        with pytest.raises((RuntimeError, SystemExit)):
+            train_cifar.main([*tiny, "--out", "torn"])
+    train_cifar.main([*tiny, "--out", "torn"])
+    states = [torch.load(f"{out}/latest.pt", weights_only=True) for out in ("straight", "torn")]
+    assert same(*states) and loss_rows("straight") == loss_rows("torn")
+    results = [json.loads(Path(out, "result.json").read_text()) for out in ("straight", "torn")]
+    assert [row["distance"] for row in results[0]] == [row["distance"] for row in results[1]]
+    assert [(row["model"], row["nfe"]) for row in results[0]] == [
+        ("diffusion", 2), ("tuned", 2), ("diffusion", 3)]
+
+def test_two_processes_are_one(tiny):
+    train_cifar.main([*tiny, "--out", "one", "--steps", "1", "2"])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+                    HERE / "train_cifar.py", *tiny, "--out", "two", "--steps", "1", "2"],
+                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (torch.load(f"{out}/latest.pt", weights_only=True)["net"] for out in ("one", "two"))
+    assert all(torch.allclose(one[key], two[key], atol=2e-4) for key in one)
+    assert [row[:2] for row in loss_rows("one")] == [row[:2] for row in loss_rows("two")]
+
+def test_sample_command(tiny):
+    train_cifar.main([*tiny, "--out", "run dir", "--method", "ect", "--segmented"])
+    for arguments in (["run dir/latest.pt"], ["run dir/diffusion.pt", "--sampler", "addim", "--steps", "3"]):
+        sample.main([*arguments, "--n", "5", "--out", "x.npz"])
+        images = np.load("x.npz")["arr_0"]
+        assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
+        sample.main([*arguments, "--n", "5", "--out", "x.png"])
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert sample.to_uint8(levels.float() / 127.5 - 1).equal(levels)
+
+BAD = [  # command line, what the one line must name
+    ("train --steps 0", "--steps"), ("train --steps x", "--steps"), ("train --steps", "--steps"),
+    ("train --steps 1000", "--steps"), ("train --method dog", "--method"), ("train --batch 0", "--batch"),
+    ("train --lr nan", "--lr"), ("train --lr -1", "--lr"), ("train --ema 2", "--ema"),
+    ("train --iters 1.5", "--iters"), ("train --precision fp8", "--precision"), ("train --what", "--what"),
+    ("train --device cuda", "--device"), ("train --device tpu", "--device"), ("train --T 4", "--T"),
+    ("train --data nowhere", "nowhere"), ("train --data empty", "empty"), ("train --data text", "a.png"),
+    ("train --data mixed", "mixed"), ("train --data text.npz", "text.npz"), ("train --data odd", "odd"),
+    ("train --data float.npz", "float.npz"), ("train --data cifar10", "cifar-10"),
+    ("train --data ok.npz --init nowhere", "--init"), ("train --data ok.npz --init text.npz", "text.npz"),
+    ("train --data ok.npz --out text.npz", "--out"), ("train --data ok.npz --out text.npz/x", "--out"),
+    ("train --data ok.npz --features text.npz", "text.npz"), ("train --data ok.npz --seed -1", "--seed"),
+    ("train --segmented", "--segmented"), ("train --method ect --segmented --steps 1 2", "--segmented"),
+    ("train --data ok.npz --width 48 --mult 2 2", "--width"), ("train --data ok.npz --patch 3", "--patch"),
+    ("sample", "checkpoint"), ("sample nowhere.pt", "nowhere.pt"), ("sample text.npz", "text.npz"),
+    ("sample x.pt --steps 0", "--steps"), ("sample x.pt --n 0", "--n"), ("sample x.pt --out x.jpg", "--out"),
+    ("sample x.pt --out no/where.png", "--out"), ("sample x.pt --sampler euler", "--sampler"),
+    ("sample x.pt --device cuda", "--device"), ("fid", "a, b"), ("fid ok.npz", "b"),
+    ("fid nowhere ok.npz", "nowhere"), ("fid ok.npz nowhere", "nowhere"), ("fid ok.npz ok.npz --n 1", "--n"),
+    ("fid ok.npz ok.npz --batch 0", "--batch"), ("fid text ok.npz --features random", "a.png"),
+    ("fid ok.npz ok.npz --features dog", "dog"), ("fid ok.npz ok.npz --weights nowhere", "nowhere"),
+    ("fid ok.npz ok.npz --features random --n 999", "--n"), ("mcm --method dog", "--method"),
+    ("mcm --out no/where.png", "--out"), ("ect --what", "--what"),
+]
+
+@pytest.mark.parametrize("line, named", BAD)
+def test_bad_input_is_one_line(line, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "TIMEOUT", 2.0)
+    for folder in ("empty", "text", "mixed", "odd"):
+        Path(folder).mkdir()
+    Path("text/a.png").write_text("no image")
+    Path("text.npz").write_text("no archive")
+    for i, size in enumerate((16, 24)):
+        sample.save_grid(torch.zeros(1, 3, size, size), Path(f"mixed/{i}.png"), 1)
+        sample.save_grid(torch.zeros(1, 3, 9, 9), Path(f"odd/{i}.png"), 1)
+    np.savez("ok.npz", arr_0=np.zeros((16, 16, 16, 3), np.uint8))
+    np.savez("float.npz", arr_0=np.zeros((16, 16, 16, 3)))
+    program, *arguments = line.split()
+    module = {"train": train_cifar, "sample": sample, "fid": fid, "mcm": mcm, "ect": ect}[program]
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        fid.run(lambda: module.main(arguments))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and named in error and len(error.splitlines()) == 1
+    assert sorted(Path().rglob("*")) == before

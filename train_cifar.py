@@ -73,14 +73,14 @@ class Config:
     fd_samples: int = opt(None, "samples for the Frechet distance", 2, 10**7, int)
     many: int = opt(18, "Heun steps of the diffusion model at its best", 2, 10**4)
     save_every: int = opt(None, "iterations between checkpoints", 1, 10**9, int)
-    log_every: int = opt(50, "iterations between log lines", 1, 10**9)
+    log_every: int = opt(100, "iterations between log lines", 1, 10**9)
 
 PRESETS = {
     # A laptop: a small U-Net on 2x2 patches. Squared error and few teacher steps, because errors
     # accumulate along the chain of references and a short run cannot wash them out.
-    "cpu": dict(iters=600, pretrain_iters=2000, batch=64, lr=5e-4, pretrain_lr=2e-3, ema=0.995,
-                dropout=0.0, width=32, mult=(1, 2, 2), blocks=1, attention=(), patch=2, T=(4, 16), huber_eps=1.0,
-                precision="fp32", compile=False, fd_samples=2000, save_every=100),
+    "cpu": dict(iters=1500, pretrain_iters=3500, batch=32, lr=2e-3, pretrain_lr=2e-3, ema=0.995,
+                dropout=0.0, width=32, mult=(1, 2, 2), blocks=1, attention=(), patch=2, T=(8, 64),
+                huber_eps=1.0, precision="fp32", compile=False, fd_samples=2000, save_every=500),
     "cuda": dict(iters=8000, pretrain_iters=100_000, batch=128, lr=1e-4, pretrain_lr=5e-4,
                  ema=0.9993, dropout=0.2, width=128, mult=(2, 2, 2), blocks=4, attention=(16,), patch=1,
                  T=(64, 1280), huber_eps=1e-4, precision="fp16", compile=True, fd_samples=50_000,
@@ -419,18 +419,17 @@ def report(run, extractor, diffusion, tuned):
     real, floor, floor_n = fid.reference(run.data.images, extractor, n)
     metric = fid.metric_name(extractor.name, n)
 
-    def sampler(model, N):  # the diffusion model's best is by Heun
+    def sampler(model, N, kind=None):
         net, method = (tuned, c.method) if model == "tuned" else (diffusion, "diffusion")
-        heun = "heun" if model == "diffusion" and N == c.many else None
-        generate, nfe = sample.generator(net, method, N, c.segmented, heun)
+        generate, nfe = sample.generator(net, method, N, c.segmented, kind)
         return generate, dict(model=model, method=method, steps=N, nfe=nfe)
+    many = ("diffusion", c.many, "heun")  # the diffusion model at its best
     say(f"\n{run.data.name}, {c.method}: {metric} against {len(run.data.images)} images; two sets of "
         f"{floor_n} real images are {floor:.4f} apart\n"
         f"{'model':<10} {'steps':>5} {'evaluations':>11} {'distance':>10} {'images/s':>9}")
     rows = []
-    for model, N in [*((model, N) for model in ("diffusion", "tuned") for N in c.steps),
-                     ("diffusion", c.many)]:
-        generate, row = sampler(model, N)
+    for choice in [*((model, N) for model in ("diffusion", "tuned") for N in c.steps), many]:
+        generate, row = sampler(*choice)
         start = time.time()
         noise = (run.noise(i, min(500, n - i)) for i in range(0, n, 500))
         made = fid.evaluate((sample.to_uint8(generate(z)) for z in noise), extractor)
@@ -439,10 +438,12 @@ def report(run, extractor, diffusion, tuned):
         rows.append(dict(row, metric=metric, features=extractor.name, n=n, floor=floor))
         say("{model:<10} {steps:>5} {nfe:>11} {distance:>10.4f} {images_per_second:>9.0f}".format(**row))
     own, now, best = (rows[i]["distance"] for i in (0, len(c.steps), -1))
-    say(f"tuning closed {(own - now) / (own - best):.0%} of the gap between {c.steps[0]} steps of the "
-        f"diffusion model and its {rows[-1]['nfe']} evaluations; pictures: {run.out}/dial.png")
+    closed = f"{(own - now) / (own - best):.0%}" if own > best else "nothing, there was none,"
+    say(f"tuning closed {closed} of the gap between {c.steps[0]} steps of the diffusion model and its "
+        f"{rows[-1]['nfe']} evaluations; pictures: {run.out}/dial.png")
     write(run.out / "result.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
-    dial = [sampler("tuned" if N in c.steps else "diffusion", N) for N in (1, 2, 4, 8, c.many)]
+    dial = [sampler("tuned" if N in c.steps else "diffusion", N) for N in (1, 2, 4, 8)]
+    dial.append(sampler(*many))
     pictures = torch.cat([generate(run.noise(0, 10)) for generate, _ in dial])
     labels = [f"{row['model']} {row['nfe']}" for _, row in dial]
     write(run.out / "dial.png", lambda path: sample.save_grid(pictures, path, 10, labels))
@@ -614,6 +615,11 @@ def open_folder(c, given, data, device):
         if asked.get(key, value) != value:
             raise UserError(f"--{key.replace('_', '-')}: the run in {out} was begun with {value}, not "
                             f"{asked[key]}: leave that as it was, or choose another --out")
+    now, log = (PHASES.index(saved["phase"]), saved["step"]), out / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [row for row in rows if (PHASES.index(row["phase"]), row["step"]) <= now]
+    if os.environ.get("RANK", "0") == "0":  # what came after the checkpoint will come again
+        write(log, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     return replace(c, **kept), saved, lock
 
 def number(kind, low, high):
