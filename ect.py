@@ -108,7 +108,8 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
 
 def main(arguments=None, n=100_000):
     """r(t) by stage, then the 1-D toy of mcm.py tuned from its diffusion model; 40 s on two cores."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(arguments)
+    argparse.ArgumentParser("ect.py", argparse.SUPPRESS, __doc__[:26]).parse_args(arguments)
+    torch.set_num_threads(1)
     t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
     print("t              ", *(f"{value:9.4g}" for value in t))
     for q, s in [(2, 0), (2, 1), (2, 3), (2, 5), (2, 7), (256, 0)]:
@@ -116,7 +117,6 @@ def main(arguments=None, n=100_000):
     g = torch.Generator().manual_seed(1)
     truth, z = mcm.mixture(n, g), torch.randn(n, 1, generator=g)
     diffusion = mcm.toy_diffusion()
-    iterations = 3000
     print(f"Wasserstein-1 distance to the truth, n = {n}; another {n} true draws: "
           f"{mcm.distance(mcm.mixture(n, g), truth):.4f}")
     for N in (1, 2):
@@ -124,9 +124,9 @@ def main(arguments=None, n=100_000):
         denoise = told_segment(net, edges)
 
         def loss_of(x, eps, i, g):  # c = 100: squared, as in mcm.py and for the same reason
-            now = stage(i, iterations // 8)
+            now = stage(i, 400)
             return ect_loss(denoise, x, eps, draw_t(len(x), generator=g), now, c=100.0, edges=edges)
-        mcm.train_toy(net, loss_of, iterations)
+        mcm.train_toy(net, loss_of)
         for sigmas in ([80.0], [80.0, MID_SIGMA]) if N == 1 else ():
             x = torch.zeros_like(z)
             with torch.no_grad():

@@ -5,10 +5,20 @@
 A, B: a folder of images, an .npz (arr_0, uint8 NHWC) or cifar10 (training split, in ./data); B also
 an .npz of mu and sigma. The floor is the distance of n real images from n others.
 """
-import argparse, contextlib, hashlib, json, socket, sys, time, warnings
+import argparse
+import contextlib
+import hashlib
+import json
+import socket
+import sys
+import time
+import warnings
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import nn
+
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth",
              "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
@@ -214,7 +224,7 @@ def reference(source, extractor, n, batch=64):
         Path("data/part.npz").replace(cache)
     return whole, floor, n
 
-def main():
+def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("a", help="images to judge: a folder, an .npz or cifar10")
     parser.add_argument("b", help="the reference: the same, or an .npz of statistics")
@@ -223,9 +233,12 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--n", type=int, default=0, help="judge so many of A, drawn at random")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.batch < 1 or (args.n or 4) < 4 or (args.weights and args.features != "inception"):
         parser.error("--batch must be 1 or more, --n 4 or more, --weights for inception only")
+    for path in {args.a, args.b} - {"cifar10"}:
+        if not Path(path).exists():
+            parser.error(f"{path} does not exist: give a folder, an .npz or cifar10")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor = feature_extractor(args.features, device, args.weights)
     images = shuffled(args.a)[:args.n or None]

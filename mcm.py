@@ -21,6 +21,7 @@ Everything is computed per sample, nothing but draw_times is random, the loss co
 import argparse
 import copy
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -251,22 +252,19 @@ def train_toy(net, loss_of, iterations=3000, batch=1024, lr=1e-2):
     """Adam on the mean of loss_of(x [B, 1], eps [B, 1], iteration, generator) -> [B]; returns net."""
     g = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(net.parameters(), lr)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / iterations)
     for i in range(iterations):
-        eps = torch.randn(batch, 1, generator=g)
-        loss = loss_of(mixture(batch, g), eps, i, g).mean()
+        optimizer.param_groups[0]["lr"] = lr * (1 - i / iterations)
+        loss = loss_of(mixture(batch, g), torch.randn(batch, 1, generator=g), i, g).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        decay.step()
     return net
-
 
 # In one dimension the root "mean" square is |v|, of order 1: only a large eps makes it a squared
 # error, and anything else learns medians. No aDDIM either: one element has no norm to speak of.
 SQUARED = dict(huber_eps=100.0)
 
-def toy_diffusion(**settings):
+def toy_diffusion():
     """A diffusion model of the mixture: v_loss with the data as target, t uniform."""
     torch.manual_seed(0)
     net = ToyDenoiser()
@@ -276,16 +274,18 @@ def toy_diffusion(**settings):
         alpha, sigma = at(cosine, t, x)
         z_t = alpha * x + sigma * eps
         return v_loss(as_f(net)(z_t, t), x, z_t, t, **SQUARED)
-    return train_toy(net, loss_of, **settings)
+    return train_toy(net, loss_of)
 
-def toy_multistep(net, steps, teacher=None, told=True, T=(8, 128), iterations=3000, **settings):
-    """net tuned to each N in `steps`: Algorithm 1, a random N for each sample."""
+def toy_multistep(diffusion, steps, teacher=None, told=True, iterations=3000):
+    """A copy of the diffusion model tuned to each N in `steps`: Algorithm 1, a random N a sample."""
+    net = copy.deepcopy(diffusion)
+
     def loss_of(x, eps, i, g):
         N = torch.tensor(steps)[torch.randint(len(steps), (len(x),), generator=g)]
-        times = draw_times(len(x), N, teacher_steps(i, *T, anneal=iterations / 2), g)
+        times = draw_times(len(x), N, teacher_steps(i, 8, 128, iterations / 2), g)
         f = as_f(net, steps=N if told else None)
         return consistency_loss(f, x, eps, *times, teacher=teacher, x_var_frac=0.0, **SQUARED)
-    return train_toy(net, loss_of, iterations, **settings)
+    return train_toy(net, loss_of, iterations)
 
 @torch.no_grad()
 def jumps(f, z, steps):
@@ -300,55 +300,50 @@ def distance(x, y):
     """Wasserstein-1 distance of two samples of one size [n, 1]."""
     return (x.flatten().sort().values - y.flatten().sort().values).abs().mean().item()
 
-def draw_paths(paths, path):
-    """A PNG with a panel for each path (list of z [n, 1]): noise at the left, data at the right, and
-    beside each panel the histogram of where the jumps ended."""
+def draw_paths(paths, out):
+    """A PNG, a panel for each (name, list of z [n, 1]): noise at its left, data at its right."""
     from PIL import Image, ImageDraw
     width, height = 260, 360
     canvas = Image.new("RGB", (width * len(paths), height), "white")
     draw = ImageDraw.Draw(canvas)
-    for panel, (name, points) in enumerate(paths.items()):
-        y = height / 2 - torch.stack(points)[:, :, 0] * height / 6                  # [jumps + 1, n]
-        x = torch.linspace(10, width - 70, len(y)).tolist()
-        for i in range(100):
-            shade = int(200 * i / 100)
-            ends = y[:, i::100][:, 0].tolist()
-            draw.line([(panel * width + u, v) for u, v in zip(x, ends)], fill=(shade, 60, 200 - shade))
-        for v, count in enumerate(torch.histc(y[-1], height // 3, 0, height).tolist()):
-            end = panel * width + width - 66
-            draw.rectangle((end, 3 * v, end + 800 * count / y.shape[1], 3 * v + 2), fill=(90, 90, 90))
-        draw.text((panel * width + 10, 8), name, fill="black")
-    canvas.save(path)
+    for panel, (name, points) in enumerate(paths):
+        y = (height / 2 - torch.stack(points)[:, :120, 0] * height / 6).T.tolist()  # [n][jumps + 1]
+        x = torch.linspace(10, width - 10, len(points)).add(panel * width).tolist()
+        for i, line in enumerate(y):
+            draw.line(list(zip(x, line)), fill=(2 * i, 60, 240 - 2 * i))
+        draw.text((x[0], 8), name, fill="black")
+    canvas.save(out)
 
 def main(arguments=None, n=100_000):
-    """Prints the table that README.md shows and draws the paths; 85 s on two cores of a Xeon."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """The table of README.md, and the paths."""
+    parser = argparse.ArgumentParser("mcm.py", argparse.SUPPRESS, __doc__.split("\n")[0])
     parser.add_argument("--method", choices=("mct", "mcd"), default="mct", help="train or distil")
     parser.add_argument("--out", default="mcm.png", help="where to draw the paths")
     args = parser.parse_args(arguments)
+    if not Path(args.out).parent.is_dir():
+        parser.error(f"--out {args.out}: give a file in a folder that exists")
+    torch.set_num_threads(1)  # the MLP is too small to share
     g = torch.Generator().manual_seed(1)
     truth, z = mixture(n, g), torch.randn(n, 1, generator=g)
-    diffusion = toy_diffusion()
-
-    def score(f, steps):
-        return distance(jumps(f, z, steps)[-1], truth)
-    print(f"Wasserstein-1 distance to the truth, n = {n}; another {n} true draws: "
-          f"{distance(mixture(n, g), truth):.4f}; exact denoiser, DDIM in 64 steps: "
-          f"{score(as_f(exact_denoise), 64):.4f}\nsteps  exact DDIM  diffusion model  {args.method}")
-    steps = (1, 2, 4, 8)
+    diffusion, steps = toy_diffusion(), (1, 2, 4, 8)
     teacher = as_f(diffusion) if args.method == "mcd" else None
-    paths = {}
+
+    def score(f, N):
+        return distance(jumps(f, z, N)[-1], truth)
+    one = toy_multistep(diffusion, steps, teacher)
+    print(f"Wasserstein-1 distance to {n} draws of the truth, n = {n}\n"
+          f"floor: {distance(mixture(n, g), truth):.4f}\n"
+          f"exact denoiser, DDIM in 64 steps: {score(as_f(exact_denoise), 64):.4f}\n"
+          f"steps  exact DDIM  diffusion model     {args.method}  one {args.method} for all")
+    paths = []
     for N in steps:
-        net = toy_multistep(copy.deepcopy(diffusion), [N], teacher)
-        paths[f"{N} steps"] = jumps(as_f(net, steps=N), z, N)
-        print(f"{N:>5}  {score(as_f(exact_denoise), N):>10.4f}  {score(as_f(diffusion), N):>15.4f}  "
-              f"{distance(paths[f'{N} steps'][-1], truth):.4f}", flush=True)
-    net = toy_multistep(copy.deepcopy(diffusion), steps, teacher)
-    print("one network for all:", *(f"{score(as_f(net, steps=N), N):.4f}" for N in steps))
-    net = toy_multistep(copy.deepcopy(diffusion), [2], teacher, told=False)
-    print(f"2 steps, not told the segment: {score(as_f(net), 2):.4f}")
-    del paths["8 steps"]
-    draw_paths({**paths, "diffusion, 64 steps": jumps(as_f(diffusion), z, 64)}, args.out)
+        f = as_f(toy_multistep(diffusion, [N], teacher), steps=N)
+        paths.append((f"{N} steps", jumps(f, z, N)))
+        found = [score(g, N) for g in (as_f(exact_denoise), as_f(diffusion), f, as_f(one, steps=N))]
+        print("{:>5}  {:>10.4f}  {:>15.4f}  {:>6.4f}  {:>15.4f}".format(N, *found), flush=True)
+    untold = toy_multistep(diffusion, [2], teacher, told=False)
+    print(f"    2, not told the segment        {score(as_f(untold), 2):.4f}")
+    draw_paths(paths[:3] + [("diffusion, 64 steps", jumps(as_f(diffusion), z, 64))], args.out)
 
 if __name__ == "__main__":
     main()

@@ -105,7 +105,12 @@ def generator(net, method, steps, segmented=False, sampler=None, **condition):
         f = mcm.as_f(ect.told_segment(denoise, ect.default_edges(steps).to(next(net.parameters()).device)), mcm.edm)
         return lambda z: multistep(f, mcm.SIGMA_MAX * z, [mcm.SIGMA_MAX, *inner, 0], mcm.edm), steps
     sigmas = [mcm.SIGMA_MAX] + ([ect.MID_SIGMA] if steps == 2 else inner)
-    return lambda z: renoise(ect.told_segment(denoise), z, sigmas), steps
+
+    def two_or_more(z):  # the further noise is a function of the first, so that results repeat
+        g = torch.Generator(z.device).manual_seed(int(z.double().abs().sum() * 1e6))
+        noise = torch.randn(steps, *z.shape, generator=g, device=z.device)
+        return renoise(ect.told_segment(denoise), z, sigmas, noise)
+    return two_or_more, steps
 
 def to_uint8(x):
     """[-1, 1] -> 0 .. 255, to the nearest; the inverse of v / 127.5 - 1 on all 256 levels."""
@@ -149,7 +154,8 @@ def main(arguments=None):
     steps = args.steps or (18 if method == "diffusion" else trained[-1])
     if args.sampler and method != "diffusion":
         parser.error(f"--sampler is for diffusion models, this one is tuned by {method}: leave it out")
-    if method in ("mct", "mcd") and steps not in trained or state["config"]["segmented"] and steps != trained[0]:
+    free = method == "diffusion" or method == "ect" and not state["config"]["segmented"]
+    if not free and steps not in trained:
         parser.error(f"--steps {steps}: {args.checkpoint} was trained for {trained}, choose of these")
     sampler = args.sampler or ("heun" if method == "diffusion" else None)
     generate, nfe = generator(net, method, steps, state["config"]["segmented"], sampler)

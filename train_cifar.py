@@ -10,14 +10,18 @@ safely), the step (what is drawn, which loss), train, report, and last the plumb
 import argparse
 import copy
 import fcntl
+import io
 import json
 import math
+import operator
 import os
 import signal
 import sys
 import time
+import types
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from pickletools import genops, markobject
 
 import numpy as np
 import torch
@@ -45,7 +49,7 @@ class Config:
     method: str = opt("mct", "consistency training, distillation, or Easy Consistency Tuning",
                       choices=("mct", "mcd", "ect"))
     data: str = opt("auto", "auto (CIFAR-10, else shapes), cifar10, shapes, an image folder, .npz")
-    init: str = opt("auto", "diffusion model to start from: a checkpoint, or none to train one")
+    init: str = opt("auto", "start from: edm (a GPU's default), a .pkl of EDM or ECT, our .pt; or none")
     out: str = opt("", "run folder, runs/DATA-METHOD-STEPS if empty")
     device: str = opt("auto", "where to run", choices=("auto", "cuda", "cpu"))
     seed: int = opt(0, "of all randomness", 0, 2**31)
@@ -78,9 +82,9 @@ class Config:
 PRESETS = {
     # A laptop: a small U-Net on 2x2 patches. Squared error and few teacher steps, because errors
     # accumulate along the chain of references and a short run cannot wash them out.
-    "cpu": dict(iters=1500, pretrain_iters=3500, batch=32, lr=2e-3, pretrain_lr=2e-3, ema=0.995,
+    "cpu": dict(iters=1500, pretrain_iters=3200, batch=32, lr=2e-3, pretrain_lr=2e-3, ema=0.995,
                 dropout=0.0, width=32, mult=(1, 2, 2), blocks=1, attention=(), patch=2, T=(8, 64),
-                huber_eps=1.0, precision="fp32", compile=False, fd_samples=2000, save_every=500),
+                huber_eps=1.0, precision="fp32", compile=False, fd_samples=1000, save_every=500),
     "cuda": dict(iters=8000, pretrain_iters=100_000, batch=128, lr=1e-4, pretrain_lr=5e-4,
                  ema=0.9993, dropout=0.2, width=128, mult=(2, 2, 2), blocks=4, attention=(16,), patch=1,
                  T=(64, 1280), huber_eps=1e-4, precision="fp16", compile=True, fd_samples=50_000,
@@ -331,6 +335,111 @@ def load_data(spec):
     return data
 
 # ------------------------------------------------------------------------------------------------
+# EDM's published weights (CC BY-NC-SA 4.0), opened safely.
+
+EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
+       "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da")
+
+# EDM's and ECT's weights are pickles: programs that import and call. So nothing here unpickles:
+# EDMReader turns opcodes into dicts, lists, plain values and tensors, with stubs of its own for the
+# few names that such files import. All else is refused; source code in a file is a mere string.
+PUSHES = {  # what opcodes put on the stack, given their argument and what they take from there
+    "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
+    "NONE NEWTRUE NEWFALSE": lambda arg: arg,  # None for booleans: nothing here needs one
+    "EMPTY_LIST EMPTY_SET EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3": lambda _, *items: [*items],
+    "EMPTY_DICT": lambda _: {}, "APPEND APPENDS": lambda _, old, *new: operator.iadd(old, new),
+    "SETITEM SETITEMS": lambda _, old, *new: operator.ior(  # str only: other keys can collide
+        old, dict(zip(map(str.__str__, new[::2]), new[1::2]))),
+    "GLOBAL STACK_GLOBAL": lambda name, *words: EDMReader.stubs[name or " ".join(words)],
+    "BUILD": lambda _, module, state: {"state": state}, "BINPERSID STOP": lambda _, value: value}
+PUSHES = {op: push for ops, push in PUSHES.items() for op in ops.split()}
+FIXED = dict(embedding_type="positional", resample_filter=[1, 1], sigma_data=0.5, net="EDMPrecond")
+
+class EDMReader:
+    left = 850 << 20  # bytes, each opcode counting 4,000; EDM's CIFAR-10 network takes 730 MB
+
+    def spend(self, size):  # so time and memory end, whatever a file claims, shares or nests
+        self.left -= 4000 + size
+        if self.left < 0:
+            raise ValueError("larger than any published network")
+
+    def run(self, stream):
+        stack, marks, memo = [], [], {}
+        for opcode, arg, _ in genops(stream):
+            self.spend(sys.getsizeof(arg))
+            op, needs = opcode.name, opcode.stack_before
+            start = (marks.pop() - needs.index(markobject) if markobject in needs
+                     else len(stack) - len(needs))
+            taken, stack[start:] = stack[start:], []
+            if op == "MARK":
+                marks.append(len(stack))
+            elif op in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[arg])
+            elif op in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+                stack += taken
+                memo[len(memo) if arg is None else arg] = stack[-1]
+            elif op in ("REDUCE", "NEWOBJ"):
+                stack.append(taken[0](self, *taken[1][:4]))
+            elif op not in ("PROTO", "FRAME", "POP"):
+                stack.append(PUSHES[op](arg, *taken))
+        return stack[-1]
+
+    def floats(self, payload):
+        stream = io.BytesIO(payload)  # torch.save's of old: five pickles, the data's length, data
+        for _ in range(5):  # `stubs` has no storage but FloatStorage
+            self.run(stream)
+        return memoryview(payload)[stream.tell() + 8:]
+
+    def tensor(self, data, offset, size, stride):
+        self.spend(memoryview(data).nbytes)
+        weight = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(size[:9])
+        if [offset, stride] != [0, [*weight.stride()]]:
+            raise ValueError("a weight is not the whole of its storage in order")
+        return weight
+
+    stubs = {
+        "torch_utils.persistence _reconstruct_persistent_obj,torch._utils _rebuild_parameter,"
+        "torch FloatStorage,numpy.core.multiarray scalar,numpy._core.multiarray scalar,"
+        "numpy dtype,builtins set,builtins getattr": lambda self, first, *rest: first,
+        "collections OrderedDict,torch.nn.modules.container ModuleDict": lambda self: {},
+        "torch.storage _load_from_bytes": floats, "torch._utils _rebuild_tensor_v2": tensor}
+    stubs = {name: stub for names, stub in stubs.items() for name in names.split(",")}
+
+    def weights(self, module, prefix=""):
+        for kind in ("_parameters", "_buffers", "_modules"):  # the order of torch's state_dict
+            for name, value in module["state"][kind].items():
+                self.spend(99 * sys.getsizeof(prefix + name))
+                if type(value) is dict:
+                    yield from self.weights(value, prefix + name + ".")
+                elif type(value) is torch.Tensor:
+                    yield prefix + name, value
+
+    def network(self, stream):  # arguments not looked at show in the weights' names or shapes
+        ema = self.run(stream)["ema"]
+        given = ema["state"]["_modules"]["model"]["state"]["_init_kwargs"]
+        found = {**FIXED, **given, **ema["state"], "net": ema["class_name"].replace("ECM", "EDM")}
+        kwargs = dict(mult=tuple(given["channel_mult"][:9]), dropout=float(given["dropout"]),
+                      width=given["model_channels"], blocks=given.get("num_blocks", 4),
+                      classes=given["label_dim"], augment_dim=given.get("augment_dim", 0),
+                      resolution=given["img_resolution"])
+        mult, dropout, *counts = kwargs.values()
+        if (any(type(n) is not int or not 0 <= n <= 1024 for n in (*mult, *counts))
+                or kwargs["blocks"] > 32 or not 0 <= dropout < 1 or {**found, **FIXED} != found):
+            raise ValueError(f"ours has {FIXED} and modest sizes")
+        return dict(self.weights(ema)), kwargs
+
+def load_edm(path):
+    """EDM's or ECT's pickle -> (the state dict of its EMA, the arguments for UNet)."""
+    with open(path, "rb") as file:
+        limited = types.SimpleNamespace(read=lambda size: file.read(min(size, 16 << 20)),
+                                        readline=lambda: file.readline(200))
+        try:
+            return EDMReader().network(limited)
+        except Exception as error:  # whatever the bytes led to, it is the file that is wrong
+            raise UserError(f"{path}: not a network of EDM or ECT that fits ours (download it "
+                            f"again or give another --init): {error!r:.300}") from error
+
+# ------------------------------------------------------------------------------------------------
 # One step: what is drawn, and which loss. Randomness is a function of (seed, phase, step).
 
 def draw(run, phase, step):
@@ -479,11 +588,24 @@ def load_checkpoint(path, device="cpu", **changes):
         state = torch.load(path, map_location=device, weights_only=True)
         net = UNet(**{**state["arguments"], **changes}).to(device)
         return net.load(state["ema"], path).eval(), state
-    except (OSError, UserError):
+    except UserError:
         raise
     except Exception as error:  # torch.load fails in too many ways to name, all with one remedy
-        raise UserError(f"{path} is damaged or not a checkpoint of train_cifar.py "
+        raise UserError(f"{path} is missing, damaged or not a checkpoint of train_cifar.py "
                         f"({type(error).__name__}): give another, or delete it") from None
+
+def load_diffusion(path, device):
+    """What --init names: EDM's published network, a pickle of EDM or ECT, or a checkpoint of ours."""
+    if path == "edm":
+        path = str(fid.fetch(*EDM))
+        say(f"EDM's weights are licensed CC BY-NC-SA 4.0: not for commercial use, nor is what they become")
+    if path.endswith(".pkl"):
+        state, arguments = load_edm(path)
+        say(f"--init: {path} is a network of EDM or ECT, {arguments}")
+        return UNet(**arguments).load(state, path).to(device), "diffusion"
+    net, state = load_checkpoint(path, device)
+    say(f"--init: {path} is a {state['method']} model of {state['data']}, by train_cifar.py")
+    return net, state["method"]
 
 class Run:
     """A run: its settings, data, device and folder, and this process's place among the others."""
@@ -570,26 +692,22 @@ class Run:
                      data=self.data.name, config=asdict(self.config), **more)
         write(self.out / name, lambda path: torch.save(state, path))
 
-def diffusion_model(run):
-    """The diffusion model to tune: this run's own, else --init, else one trained here."""
+def diffusion_model(run, init):
+    """The diffusion model to tune: this run's own, else that of --init, else one trained here."""
     c, own = run.config, run.out / "diffusion.pt"
-    size, half = run.data.images.shape[-1], HALF.get(c.precision)
-    path = own if own.exists() else None if c.init in ("auto", "none") else c.init
-    if path:
-        net, state = load_checkpoint(path, run.device)
-        if state["method"] != "diffusion" or net.arguments["resolution"] != size:
-            raise UserError(f"--init {path} is a {state['method']} model of {net.arguments['resolution']}"
-                            f" pixels: give a run's diffusion.pt, made for {size}")
-        say(f"diffusion model: {path}")
+    if own.exists():
+        net = load_checkpoint(own, run.device)[0]
+    elif init:
+        net = init
     else:
         torch.manual_seed(c.seed)
-        net = UNet(width=c.width, mult=c.mult, blocks=c.blocks, dropout=c.dropout, resolution=size,
-                   patch=c.patch, attention=c.attention).to(run.device)
-        net.half = half
+        net = UNet(width=c.width, mult=c.mult, blocks=c.blocks, dropout=c.dropout, patch=c.patch,
+                   resolution=run.data.images.shape[-1], attention=c.attention).to(run.device)
+        net.half = HALF.get(c.precision)
         net = train(run, net, "pretrain")
-    if run.rank == 0 and path != own:
+    if run.rank == 0 and not own.exists():
         run.save("diffusion.pt", "pretrain", net)
-    net.half = half
+    net.half = HALF.get(c.precision)
     return net.requires_grad_(False).to(memory_format=torch.channels_last)
 
 def open_folder(c, given, data, device):
@@ -657,11 +775,26 @@ def main(arguments=None):
     c = Config(**{**PRESETS[name], **given})
     if c.segmented and (c.method != "ect" or len(c.steps) > 1):
         raise UserError("--segmented needs --method ect and a single --steps")
-    if c.init not in ("auto", "none") and not Path(c.init).is_file():
-        raise UserError(f"--init {c.init}: no such file; give a checkpoint, or none to train anew")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    try:
+        UNet(width=c.width, mult=c.mult, blocks=c.blocks, patch=c.patch)(torch.zeros(1, 3, 32, 32), 1.0)
+    except (ValueError, RuntimeError, ZeroDivisionError, IndexError):
+        raise UserError(f"--width {c.width}, --mult {c.mult}, --blocks {c.blocks} and --patch {c.patch} make "
+                        "no U-Net: take widths of 16, 32, 64, 128 and patches of 1, 2, 4") from None
     extractor = fid.feature_extractor(c.features, device)
-    data = load_data(c.data)
+    data, init = load_data(c.data), None
+    size = data.images.shape[-1]
+    if c.init == "auto" and name == "cuda" and size == 32:
+        try:
+            fid.fetch(*EDM)
+            c.init = "edm"
+        except UserError as error:
+            say(f"{error}\nNo EDM weights: a diffusion model is trained first")
+    if c.init not in ("auto", "none"):
+        init, method = load_diffusion(c.init, device)
+        if method != "diffusion" or init.arguments["resolution"] != size:
+            raise UserError(f"--init {c.init} is a {method} model of {init.arguments['resolution']} pixels: "
+                            f"give the diffusion.pt of a run with {size}")
     c, saved, lock = open_folder(c, given, data, device)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
@@ -669,7 +802,7 @@ def main(arguments=None):
     torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
     data.images = data.images.to(device)
     run = Run(c, data, device, saved)
-    diffusion = diffusion_model(run)
+    diffusion = diffusion_model(run, init)
     N = max(c.steps)
     net = UNet(**{**diffusion.arguments, "dropout": c.dropout, "segments": N * (N + 1) // 2})
     net.to(device).load(diffusion.state_dict(), "diffusion.pt").half = diffusion.half
