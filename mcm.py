@@ -15,7 +15,7 @@ steps recover most of the quality.
 The contract: x and z have any shape [B, ...], times are [B], f(z_t, t) -> x_hat has x's shape.
 Everything is computed per sample, nothing but draw_times is random, the loss compiles whole.
 
-    python mcm.py                  # the dial in one dimension: a table, and mcm.png (see main)
+    python mcm.py                  # the dial in one dimension: a table and mcm.png, in 90 s on a CPU
     python mcm.py --method mcd     # the same by distillation
 """
 import argparse
@@ -115,7 +115,8 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None)
     u = torch.rand(2, batch, generator=generator, device=device)
     N = torch.as_tensor(student_steps, device=device)
     n = (teacher_steps / N).round().clamp(min=1)
-    step = (u[0] * N).floor().minimum(N - 1)         # which segment: 0 .. N-1, even if u N rounds up
+    # which segment: 0 .. N-1, even if u N rounds up
+    step = (u[0] * N).floor().minimum(N - 1)
     n_rel = (u[1] * n).floor().minimum(n - 1) + 1    # which teacher step in it: 1 .. n
     T = n * N
     return (step * n + n_rel) / T, (step * n + n_rel - 1) / T, step * n / T
@@ -125,7 +126,7 @@ def segment(t, steps):
 
     The N segments of an N-step model are rows N(N-1)/2 onwards, so a row tells both N and i. A
     network needs to know: its target jumps where segments meet, which it cannot follow as a smooth
-    function of ln sigma. On the toy below, N = 2: Wasserstein distance 0.021 told, 0.155 untold.
+    function of ln sigma. On the toy below at N = 2, `main` finds 0.046 when told, 0.098 when not.
     An edge belongs to the segment below it, where a sampler's jump starts; 1e-4 guards against t
     having been rounded up.
     """
@@ -223,8 +224,10 @@ def mixture(n, generator=None):
 
 def exact_denoise(x, sigma):
     """E[x0 | x0 + sigma eps = x] for the mixture; x [B, 1], sigma [B]."""
-    variance = STD**2 + sigma[:, None] ** 2                               # of x, in each mode [B, 1]
-    mode = (WEIGHTS.log() - (x - MEANS) ** 2 / (2 * variance)).softmax(1)  # posterior         [B, 3]
+    variance = STD**2 + \
+        sigma[:, None] ** 2                               # of x, in each mode [B, 1]
+    mode = (WEIGHTS.log() - (x - MEANS) ** 2 / (2 * variance)
+            ).softmax(1)  # posterior         [B, 3]
     return (mode * (MEANS + STD**2 / variance * (x - MEANS))).sum(1, keepdim=True)
 
 class ToyDenoiser(nn.Module):
@@ -242,7 +245,8 @@ class ToyDenoiser(nn.Module):
     def forward(self, x, sigma, segment=None):
         sigma = sigma[:, None]
         scale = (sigma**2 + 1).rsqrt()
-        waves = torch.cat([1.5 * scale * x * torch.arange(1, 7), sigma.atan() * torch.arange(1, 5)], 1)
+        waves = torch.cat([1.5 * scale * x * torch.arange(1, 7),
+                          sigma.atan() * torch.arange(1, 5)], 1)
         h = self.embed(torch.cat([scale * x, sigma.log() / 4, waves.cos(), waves.sin()], 1))
         if segment is not None:
             h = h + self.segment(segment)

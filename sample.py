@@ -102,7 +102,8 @@ def generator(net, method, steps, segmented=False, sampler=None, **condition):
         return lambda z: multistep(mcm.as_f(denoise, steps=steps), z, steps), steps
     inner = ect.default_edges(steps).tolist()[::-1]
     if segmented:
-        f = mcm.as_f(ect.told_segment(denoise, ect.default_edges(steps).to(next(net.parameters()).device)), mcm.edm)
+        f = mcm.as_f(ect.told_segment(denoise, ect.default_edges(
+            steps).to(next(net.parameters()).device)), mcm.edm)
         return lambda z: multistep(f, mcm.SIGMA_MAX * z, [mcm.SIGMA_MAX, *inner, 0], mcm.edm), steps
     sigmas = [mcm.SIGMA_MAX] + ([ect.MID_SIGMA] if steps == 2 else inner)
 
@@ -126,7 +127,8 @@ def save_grid(x, path, columns, labels=()):
     canvas = Image.new("RGB", (picture.width + margin, picture.height), "white")
     canvas.paste(picture, (margin, 0))
     for i, label in enumerate(labels):
-        ImageDraw.Draw(canvas).text((6, (i + 0.4) * picture.height / len(labels)), label, fill="black")
+        ImageDraw.Draw(canvas).text(
+            (6, (i + 0.4) * picture.height / len(labels)), label, fill="black")
     canvas.save(path, format="PNG")
 
 def main(arguments=None):
@@ -137,7 +139,8 @@ def main(arguments=None):
     parser.add_argument("checkpoint", help="latest.pt or diffusion.pt of a run")
     parser.add_argument("--steps", type=number(int, 1, 1000), help="default: as trained")
     parser.add_argument("--n", type=number(int, 1, 10**7), default=64, help="how many")
-    parser.add_argument("--out", default="samples.png", help="a grid .png, or .npz with uint8 NHWC in arr_0")
+    parser.add_argument("--out", default="samples.png",
+                        help="a grid .png, or .npz with uint8 NHWC in arr_0")
     parser.add_argument("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")
     parser.add_argument("--batch", type=number(int, 1, 10**6), default=250)
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
@@ -153,20 +156,24 @@ def main(arguments=None):
     method, trained = state["method"], state["config"]["steps"]
     steps = args.steps or (18 if method == "diffusion" else trained[-1])
     if args.sampler and method != "diffusion":
-        parser.error(f"--sampler is for diffusion models, this one is tuned by {method}: leave it out")
+        parser.error(
+            f"--sampler is for diffusion models, this one is tuned by {method}: leave it out")
     free = method == "diffusion" or method == "ect" and not state["config"]["segmented"]
     if not free and steps not in trained:
-        parser.error(f"--steps {steps}: {args.checkpoint} was trained for {trained}, choose of these")
+        parser.error(
+            f"--steps {steps}: {args.checkpoint} was trained for {trained}, choose of these")
     sampler = args.sampler or ("heun" if method == "diffusion" else None)
     generate, nfe = generator(net, method, steps, state["config"]["segmented"], sampler)
     side = net.arguments["resolution"]
     z = torch.randn(args.n, 3, side, side, generator=torch.Generator().manual_seed(args.seed))
     x = torch.cat([generate(part.to(args.device)).float().cpu() for part in z.split(args.batch)])
     if out.suffix == ".npz":
-        train_cifar.write(out, lambda path: np.savez(open(path, "wb"), arr_0=to_uint8(x).permute(0, 2, 3, 1)))
+        train_cifar.write(out, lambda path: np.savez(
+            open(path, "wb"), arr_0=to_uint8(x).permute(0, 2, 3, 1)))
     else:
         train_cifar.write(out, lambda path: save_grid(x, path, math.ceil(args.n**0.5)))
-    print(f"{out}: {args.n} samples of {state['data']} by {method}, {steps} steps, {nfe} evaluations")
+    print(
+        f"{out}: {args.n} samples of {state['data']} by {method}, {steps} steps, {nfe} evaluations")
 
 if __name__ == "__main__":
     import fid

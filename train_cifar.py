@@ -49,7 +49,8 @@ class Config:
     method: str = opt("mct", "consistency training, distillation, or Easy Consistency Tuning",
                       choices=("mct", "mcd", "ect"))
     data: str = opt("auto", "auto (CIFAR-10, else shapes), cifar10, shapes, an image folder, .npz")
-    init: str = opt("auto", "start from: edm (a GPU's default), a .pkl of EDM or ECT, our .pt; or none")
+    init: str = opt(
+        "auto", "start from: edm (a GPU's default), a .pkl of EDM or ECT, our .pt; or none")
     out: str = opt("", "run folder, runs/DATA-METHOD-STEPS if empty")
     device: str = opt("auto", "where to run", choices=("auto", "cuda", "cpu"))
     seed: int = opt(0, "of all randomness", 0, 2**31)
@@ -63,7 +64,8 @@ class Config:
     width: int = opt(None, "U-Net channels", 8, 1024, int)
     mult: tuple = opt(None, "channel multiplier at each resolution", 1, 16, int, nargs="+")
     blocks: int = opt(None, "U-Net blocks per resolution", 1, 16, int)
-    attention: tuple = opt(None, "resolutions with attention, beside the lowest", 1, 4096, int, nargs="*")
+    attention: tuple = opt(
+        None, "resolutions with attention, beside the lowest", 1, 4096, int, nargs="*")
     patch: int = opt(None, "space-to-depth before the U-Net", 1, 16, int)
     T: tuple = opt(None, "teacher steps, first and last", 1, 10**6, float, nargs=2)
     huber_eps: float = opt(None, "1e-4: a norm (long runs); 1: squared (short)", 0, 1e6, float)
@@ -245,10 +247,11 @@ class UNet(nn.Module):
     arguments: those of DDPMpp.
     """
 
-    def __init__(self, **arguments):
+    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, **more):
         super().__init__()
-        self.arguments, self.half = arguments, None  # half: the autocast dtype of the raw network
-        self.model = DDPMpp(**arguments)
+        self.arguments = dict(more, width=width, mult=mult, blocks=blocks)
+        self.model = DDPMpp(**self.arguments)
+        self.half = None  # the autocast dtype of the raw network
 
     def forward(self, x, sigma, labels=None, augment=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
@@ -327,7 +330,8 @@ def load_data(spec):
         return Data(spec, *shapes(), SHAPES)
     if spec == "cifar10":
         return Data(spec, *fid.read_cifar10())
-    data = Data(Path(spec).resolve().stem, *(fid.read_npz if spec.endswith(".npz") else fid.read_folder)(spec))
+    data = Data(Path(spec).resolve().stem, * \
+                (fid.read_npz if spec.endswith(".npz") else fid.read_folder)(spec))
     height, width = data.images.shape[2:]
     if height != width or height % 16 or len(data.images) < 8:
         raise UserError(f"--data {spec}: {len(data.images)} images of {width}x{height}; give at least 8, "
@@ -603,7 +607,10 @@ def load_diffusion(path, device):
         state, arguments = load_edm(path)
         say(f"--init: {path} is a network of EDM or ECT, {arguments}")
         return UNet(**arguments).load(state, path).to(device), "diffusion"
-    net, state = load_checkpoint(path, device)
+    try:
+        net, state = load_checkpoint(path, device)
+    except UserError as error:
+        raise UserError(f"--init: {error}") from None
     say(f"--init: {path} is a {state['method']} model of {state['data']}, by train_cifar.py")
     return net, state["method"]
 
@@ -660,7 +667,8 @@ class Run:
             sys.exit(f"error: loss {recent[i, j]} in {phase} iteration {at}, sample {j}, {times}; the "
                      "last checkpoint is kept: try a smaller --lr, or --precision fp32")
         if logs and self.rank == 0:
-            self.log(phase, step, iterations, recent.mean().item(), parts["optimizer"], parts["scaler"])
+            self.log(phase, step, iterations, recent.mean().item(),
+                     parts["optimizer"], parts["scaler"])
         self.recent = [] if logs else self.recent
         if (saves or stop) and self.rank == 0:
             self.save("latest.pt", phase, parts["ema"], step=step, recent=self.recent,
@@ -717,7 +725,8 @@ def open_folder(c, given, data, device):
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a")
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another") from None
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror}): choose another") from None
     try:
         if os.environ.get("RANK", "0") == "0":
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when we end
@@ -762,7 +771,8 @@ def parse(arguments):
             more = {**more, "type": number(kind, *limits)}
         default = f.default if f.default is not None else "{} on a CPU, {} on a GPU".format(
             *(PRESETS[name][f.name] for name in ("cpu", "cuda")))
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{help} (default: {default})", **more)
+        parser.add_argument("--" + f.name.replace("_", "-"),
+                            help=f"{help} (default: {default})", **more)
     return {key: tuple(value) if isinstance(value, list) else value
             for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
 
@@ -777,7 +787,8 @@ def main(arguments=None):
         raise UserError("--segmented needs --method ect and a single --steps")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     try:
-        UNet(width=c.width, mult=c.mult, blocks=c.blocks, patch=c.patch)(torch.zeros(1, 3, 32, 32), 1.0)
+        UNet(width=c.width, mult=c.mult, blocks=c.blocks,
+             patch=c.patch)(torch.zeros(1, 3, 32, 32), 1.0)
     except (ValueError, RuntimeError, ZeroDivisionError, IndexError):
         raise UserError(f"--width {c.width}, --mult {c.mult}, --blocks {c.blocks} and --patch {c.patch} make "
                         "no U-Net: take widths of 16, 32, 64, 128 and patches of 1, 2, 4") from None
