@@ -1,15 +1,16 @@
-"""Easy Consistency Tuning (Geng et al., "Consistency Models Made Easy", arXiv 2406.14548), on the loss of mcm.py.
+"""Easy Consistency Tuning (Geng et al., "Consistency Models Made Easy", arXiv 2406.14548).
 
-Start from a pretrained diffusion model, which already satisfies the consistency condition f(z_t, t) = f(z_r, r) for
-r = 0, and move r towards t as training goes on. Relative to mcm.py this changes three things and nothing else:
+Start from a pretrained diffusion model, which satisfies the consistency condition f(z_t, t) =
+f(z_r, r) for r = 0, and move r towards t as training goes on. What that changes against mcm.py:
 
-    1. the times       t is log-normal and r is a fixed function of t and the stage: t_to_r      (MCM: a grid of T steps)
-    2. the weight      1 / (t - r), of a norm over the whole image in x                         (MCM: SNR + 1)
-    3. the schedule    z_t = x + t eps, mcm.edm                                                 (MCM: mcm.cosine)
+    1. the times      t log-normal, r a function of t and the stage     (MCM: a grid of T steps)
+    2. the weight     1 / (t - r), of a norm over the whole image       (MCM: SNR + 1)
+    3. the schedule   z_t = x + t eps, mcm.edm                          (MCM: mcm.cosine)
 
-The target is mcm.consistency_target in both. With `edges` time is cut into segments as in MCM: the two papers combined.
+The target is mcm.consistency_target in both. With `edges` time is cut into segments, as in MCM:
+the two papers combined.
 
-    python ect.py        # r(t) by stage, and the toy of mcm.py tuned to 1 and 2 steps: see `main`
+    python ect.py        # r(t) by stage, and the toy of mcm.py tuned to 1 and 2 steps; 35 s
 """
 import argparse
 import copy
@@ -21,7 +22,7 @@ import mcm
 
 @dataclass(frozen=True)
 class Recipe:
-    """The authors' settings for CIFAR-10, from EDM's unconditional VP weights; 2-step FIDs are the paper's."""
+    """The authors' settings for CIFAR-10 from EDM's unconditional VP weights. FIDs: the paper's."""
     iterations: int                # of batch 128
     q: float                       # how fast r approaches t from stage to stage
     double_every: int              # d, iterations per stage; 0: stay at stage 0
@@ -29,33 +30,26 @@ class Recipe:
     batch: int = 128
     lr: float = 1e-4               # RAdam, betas 0.9 and 0.999, no gradient clipping
     dropout: float = 0.2           # one mask for both passes; no augmentation, no flips
-    k: float = 8.0
-    b: float = 1.0
-    c: float = 0.0
-    p_mean: float = -1.1           # ln t ~ N(p_mean, p_std^2)
-    p_std: float = 2.0
 
 RECIPES = {
-    # one A100 hour: FID 2.73
-    "hour": Recipe(iterations=8_000, q=256.0, double_every=0, ema=0.9993),
-    # 2.20 at 100k, 2.15 at 200k
-    "long": Recipe(iterations=200_000, q=2.0, double_every=25_000, ema=0.9999),
+    "hour": Recipe(8_000, q=256.0, double_every=0, ema=0.9993),         # one A100 hour, FID 2.73
+    "long": Recipe(200_000, q=2.0, double_every=25_000, ema=0.9999),    # 2.20 at 100k, 2.15 at 200k
 }
-MID_SIGMA = 0.821                  # where the authors' second step starts: 80 -> x, + 0.821 noise -> x
+MID_SIGMA = 0.821                  # where their second step starts: 80 -> x, + 0.821 eps -> x
 
 def stage(iteration, double_every):
-    """The curriculum is a function of the iteration alone, so a resumed run cannot lose its place."""
+    """A function of the iteration alone, so a resumed run cannot lose its place."""
     return iteration // double_every if double_every else 0
 
 def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
-    """t [B] > 0, log-normal."""
+    """t [B] > 0, ln t ~ N(p_mean, p_std^2)."""
     return (p_mean + p_std * torch.randn(batch, generator=generator, device=device)).exp()
 
 def relative_gap(t, stage, q=2, k=8, b=1):
-    """(t - r) / t in (0, 1]: n(t) / q^(stage + 1), n(t) = 1 + k sigmoid(-b t), capped where r reaches 0.
+    """(t - r) / t in (0, 1]: n(t) / q^(stage + 1) with n(t) = 1 + k sigmoid(-b t), at most 1.
 
-    Everything is built on this and not on t - r, which cancels: 4% wrong in float32 at q = 2, stage 8. q is a float, as
-    256^8 does not fit in 64 bits.
+    All else is built on this, as t - r cancels: 4% wrong in float32 at q = 2, stage 8. q is a float
+    because 256^8 does not fit in 64 bits.
     """
     return ((1 + k * torch.sigmoid(-b * t)) / float(q) ** (stage + 1)).clamp(max=1)
 
@@ -64,20 +58,20 @@ def t_to_r(t, stage, q=2, k=8, b=1):
     return t * (1 - relative_gap(t, stage, q, k, b))
 
 def gap(t, stage, q=2, k=8, b=1, edge=0.0):
-    """t - max(r, edge) without cancellation."""
+    """t - max(r, edge), without cancellation."""
     return torch.minimum(t * relative_gap(t, stage, q, k, b), t - edge)
 
 def default_edges(steps):
-    """Inner edges in sigma between N segments [N - 1]: those of the cosine schedule, as MCM has them."""
+    """The N - 1 inner edges, in sigma, of N segments: those of the cosine schedule, as in MCM."""
     alpha, sigma = mcm.cosine(torch.arange(1, steps, dtype=torch.float64) / steps)
     return (sigma / alpha).float()
 
 def lower_edge(t, edges):
-    """The lower end of the segment that holds t [B]: the largest of 0 and `edges` below t. An edge belongs below."""
+    """The largest of 0 and `edges` below t [B]. An edge belongs to the segment below it."""
     return torch.cat([edges.new_zeros(1), edges])[torch.bucketize(t, edges)]
 
 def told_segment(denoise, edges=None, **condition):
-    """A denoiser that tells the network behind it which segment sigma lies in, as a row of the table of mcm.segment.
+    """D(x, sigma) that tells the network its segment, as a row of the table of mcm.segment.
 
     What else the network is to be given (labels, ...) rides along in `condition`.
     """
@@ -91,55 +85,51 @@ def told_segment(denoise, edges=None, **condition):
     return told
 
 def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
-    """ECT's loss per sample: denoise(x, sigma [B]) -> x_hat, x and eps [B, ...], t [B] from draw_t -> [B].
+    """ECT's loss, per sample: data x [B, ...], noise eps like x, t [B] of draw_t -> [B].
 
-    edges None: the paper, the pseudo-Huber distance sqrt(|d|^2 + c^2) - c of the whole image over t - r.
-    edges [N-1]: segments. r stops at the lower edge e, where both predictions are carried, so the distance is that of
-    the two landing points, (1 - e/t) |d|. Without the factor the loss has no finite mean: at r = e it is the
-    denoising error, which does not vanish as t -> e, over t - e.
+    edges None: the paper, sqrt(|d|^2 + c^2) - c of the whole image, over t - r.
+    edges [N - 1]: segments. r stops at the lower edge e, where both predictions are carried, and d
+    is measured there, which is (1 - e / t) times what it is in x. Without that factor the loss has
+    no finite mean: for r = e, d in x is the denoising error, which stays as t - r goes to 0.
     """
     edge = torch.zeros_like(t) if edges is None else lower_edge(t, edges)
     r = torch.maximum(t_to_r(t, stage, q, k, b), edge)
-    step = gap(t, stage, q, k, b, edge)
-    alike = (-1,) + (1,) * (x.ndim - 1)
-    z_t = x + t.reshape(alike) * eps
-    z_r = x + r.reshape(alike) * eps
+    z_t = x + mcm.per_sample(t, x) * eps
+    z_r = x + mcm.per_sample(r, x) * eps
     target = mcm.consistency_target(denoise, z_r, z_t, t, r, edge, mcm.edm)
-    d = (denoise(z_t, t) - target) * (1 - edge / t).reshape(alike)
-    return mcm.pseudo_huber((d**2).reshape(len(d), -1).sum(1), c) / step
+    d = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
+    norm = mcm.pseudo_huber((d**2).reshape(len(d), -1).sum(1), c)
+    return norm / gap(t, stage, q, k, b, edge)
 
 def main(arguments=None, n=100_000):
-    """r(t) by stage, then the 1-D toy of mcm.py tuned from its diffusion model; 40 s on two cores."""
     argparse.ArgumentParser("ect.py", argparse.SUPPRESS, __doc__[:26]).parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the MLP is too small to share
     t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
     print("t              ", *(f"{value:9.4g}" for value in t))
     for q, s in [(2, 0), (2, 1), (2, 3), (2, 5), (2, 7), (256, 0)]:
         print(f"r, q {q:>3} stage {s}", *(f"{value:9.4g}" for value in t_to_r(t, s, q)))
     g = torch.Generator().manual_seed(1)
-    truth, z = mcm.mixture(n, g), torch.randn(n, 1, generator=g)
+    truth, noise = mcm.mixture(n, g), torch.randn(2, n, 1, generator=g)
     diffusion = mcm.toy_diffusion()
-    print(f"Wasserstein-1 distance to the truth, n = {n}; another {n} true draws: "
-          f"{mcm.distance(mcm.mixture(n, g), truth):.4f}")
+    print(f"Wasserstein-1 distance to {n} draws of the truth, n = {n}\n"
+          f"floor: {mcm.distance(mcm.mixture(n, g), truth):.4f}")
     for N in (1, 2):
         net, edges = copy.deepcopy(diffusion), default_edges(N)
         denoise = told_segment(net, edges)
 
         def loss_of(x, eps, i, g):  # c = 100: squared, as in mcm.py and for the same reason
-            now = stage(i, 400)
-            return ect_loss(denoise, x, eps, draw_t(len(x), generator=g), now, c=100.0, edges=edges)
+            t = draw_t(len(x), generator=g)
+            return ect_loss(denoise, x, eps, t, stage(i, 400), c=100.0, edges=edges)
         mcm.train_toy(net, loss_of)
-        for sigmas in ([80.0], [80.0, MID_SIGMA]) if N == 1 else ():
-            x = torch.zeros_like(z)
-            with torch.no_grad():
-                for sigma in sigmas:
-                    x = denoise(x + sigma * torch.randn(n, 1, generator=g), torch.full((n,), sigma))
-            print(f"ECT, 1 segment, {len(sigmas)} steps: {mcm.distance(x, truth):.4f}")
-    x, times = 80 * z, [80.0, *edges.tolist(), 0.0]
-    with torch.no_grad():
-        for t, s in zip(times, times[1:]):
-            x = mcm.ddim(denoise(x, torch.full((n,), t)), x, t, s, mcm.edm)
-    print(f"ECT, 2 segments, 2 steps: {mcm.distance(x, truth):.4f}")
+        with torch.no_grad():
+            x = denoise(80 * noise[0], torch.full((n,), 80.0))
+            if N == 1:
+                print(f"ECT, 1 segment, 1 step: {mcm.distance(x, truth):.4f}")
+                x = denoise(x + MID_SIGMA * noise[1], torch.full((n,), MID_SIGMA))
+            else:
+                z = mcm.ddim(x, 80 * noise[0], 80.0, edges.item(), mcm.edm)
+                x = denoise(z, edges.expand(n))
+        print(f"ECT, {N} segment{'s' * (N - 1)}, 2 steps: {mcm.distance(x, truth):.4f}")
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ steps recover most of the quality.
 The contract: x and z have any shape [B, ...], times are [B], f(z_t, t) -> x_hat has x's shape.
 Everything is computed per sample, nothing but draw_times is random, the loss compiles whole.
 
-    python mcm.py                  # the dial in one dimension: a table and mcm.png, in 90 s on a CPU
+    python mcm.py                  # the dial in one dimension: a table and mcm.png; 60 s
     python mcm.py --method mcd     # the same by distillation
 """
 import argparse
@@ -38,11 +38,12 @@ def cosine(t):
     log-SNR = -2 log tan a falls from +2 log 500 to -2 log 80, strictly: a clamp would make two
     times equal, and at a = pi/2 tan is negative in float32.
     """
-    angle = ANGLE_0 + t * (ANGLE_1 - ANGLE_0)
-    return torch.cos(angle), torch.sin(angle)
+    angle = ANGLE_0 + torch.as_tensor(t) * (ANGLE_1 - ANGLE_0)
+    return angle.cos(), angle.sin()
 
 def edm(t):
     """Variance exploding: alpha = 1, sigma = t in [0, 80] (Karras et al. 2206.00364; ECT's)."""
+    t = torch.as_tensor(t)
     return torch.ones_like(t), t
 
 def at(schedule, t, x):
@@ -82,7 +83,8 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     x is the mean of the images that z_t may come from, so it lacks their spread, and every DDIM
     step loses variance. Given the missing variance per element, x_var (number or [B]), the noise is
     made longer so that, eq. (14),
-    mean((z_s - alpha_s x)^2) = sigma_s^2 mean(eps_hat^2) + (alpha_s - alpha_t sigma_s/sigma_t)^2 x_var.
+    mean((z_s - alpha_s x)^2) =
+    sigma_s^2 mean(eps_hat^2) + (alpha_s - alpha_t sigma_s / sigma_t)^2 x_var.
     """
     alpha_t, sigma_t = at(schedule, t, z_t)
     alpha_s, sigma_s = at(schedule, s, z_t)
@@ -137,8 +139,8 @@ def segment(t, steps):
 def as_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) from a denoiser D(x0 + sigma eps, sigma): D(z / alpha, sigma / alpha).
 
-    With `steps` (N, or int64 [B]) the denoiser is told the segment, as a keyword. What else it is to
-    be given (labels, text, ...) rides along in `condition`.
+    With `steps` (N, or int64 [B]) the denoiser is told the segment, as a keyword. What else it is
+    to be given (labels, text, ...) rides along in `condition`.
     """
     def f(z, t):
         alpha, sigma = at(schedule, t, z)
@@ -147,7 +149,7 @@ def as_f(denoise, schedule=cosine, steps=None, **condition):
     return f
 
 def guided(f, f_uncond, weight):
-    """A teacher with classifier-free guidance, for consistency_loss: (guided, conditional) x_hat."""
+    """A teacher with classifier-free guidance for consistency_loss: (guided, conditional) x."""
     def teacher(z, t):
         x, x_uncond = f(z, t), f_uncond(z, t)
         return x + weight * (x - x_uncond), x
@@ -168,8 +170,8 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """Pseudo-Huber of the root mean square distance of two predictions in v-space, per sample [B].
 
     Under variance preservation a difference in x is sigma times one in v, so the paper's weight
-    SNR + 1 = (alpha^2 + sigma^2) / sigma^2 stands inside the norm, as its square root. With the data
-    as target this is the diffusion loss.
+    SNR + 1 = (alpha^2 + sigma^2) / sigma^2 stands inside the norm, as its square root. With the
+    data as target this is the diffusion loss.
     """
     alpha, sigma = at(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
@@ -193,12 +195,12 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     """Algorithm 1, per sample: data x [B, ...], noise eps like x, times [B] of draw_times -> [B].
 
     teacher None     consistency training (MCT): the data itself leads from t to s.
-    teacher(z, t)    distillation (MCD): the teacher's prediction does. A guided teacher returns two,
-                     `guided` above: the first leads, the second tells the variance (section 4).
-    f_ref None       the reference is f, without gradient. TRACT (2303.04248): a teacher, and f_ref an
-                     average of f.
-    N = 1 (t_step = 0) is a consistency model's loss; T = N (s = t_step) a diffusion model's. Gradients
-    flow through f(z_t, t) only.
+    teacher(z, t)    distillation (MCD): the teacher's prediction does. A guided teacher returns
+                     two, see `guided`: the first leads, the second tells the variance.
+    f_ref None       the reference is f, without gradient. TRACT (2303.04248): a teacher, and f_ref
+                     an average of f.
+    N = 1 (t_step = 0) is a consistency model's loss, T = N (s = t_step) a diffusion model's.
+    Gradients flow through f(z_t, t) only.
     """
     alpha_t, sigma_t = at(schedule, t, x)
     z_t = alpha_t * x + sigma_t * eps
@@ -253,7 +255,7 @@ class ToyDenoiser(nn.Module):
         return scale**2 * x + sigma * scale * self.rest(h)
 
 def train_toy(net, loss_of, iterations=3000, batch=1024, lr=1e-2):
-    """Adam on the mean of loss_of(x [B, 1], eps [B, 1], iteration, generator) -> [B]; returns net."""
+    """Adam on the mean of loss_of(x [B, 1], eps [B, 1], iteration, generator) -> [B]."""
     g = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(net.parameters(), lr)
     for i in range(iterations):
@@ -281,7 +283,7 @@ def toy_diffusion():
     return train_toy(net, loss_of)
 
 def toy_multistep(diffusion, steps, teacher=None, told=True, iterations=3000):
-    """A copy of the diffusion model tuned to each N in `steps`: Algorithm 1, a random N a sample."""
+    """A copy of the diffusion model tuned to each N in `steps`, by Algorithm 1."""
     net = copy.deepcopy(diffusion)
 
     def loss_of(x, eps, i, g):

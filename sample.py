@@ -1,15 +1,16 @@
-"""Samplers, each a plain function of a plain callable, and a command line that turns a checkpoint into images.
+"""Samplers, plain functions of plain callables, and the command from a checkpoint to images.
 
     multistep   f(z, t)      MCM Algorithm 2. With a diffusion model's f this same loop is DDIM
     addim       f(z, t)      MCM Algorithm 3: DDIM that keeps its variance
-    renoise     D(x, sigma)  consistency models: predict, add fresh noise, predict; ECT's 2-step sampler
+    renoise     D(x, sigma)  predict, add fresh noise, predict: consistency models, ECT's 2 steps
     heun        D(x, sigma)  EDM Algorithm 1 without churn: second order, 2 steps - 1 evaluations
 
-All start from unit Gaussian noise and return images in [-1, 1] (not clipped). The state is float64, because few float32
-steps add up to visible drift at sigma = 80; f gets the dtype of the noise. Class labels, text or guidance belong to the
-callable. The noise can be passed in, so every result can be repeated.
+All start from unit Gaussian noise and end in [-1, 1] (not clipped). The state is float64, as small
+float32 errors add up at sigma = 80; f gets the dtype of the noise, D float64, which our networks
+cast. Labels, text, guidance belong to the callable. Noise can be passed in, so results can be
+repeated.
 
-    python sample.py CKPT --steps 2 --n 64 --out grid.png        # a grid
+    python sample.py CKPT --steps 2 --n 64 --out grid.png
     python sample.py CKPT --n 50000 --out samples.npz            # uint8 NHWC in arr_0, for fid.py
 """
 import functools
@@ -23,41 +24,42 @@ import ect
 import mcm
 
 def time_grid(steps):
-    """N -> [1, (N-1)/N, ..., 0]; a list of decreasing times stays what it is."""
-    return [i / steps for i in range(steps, -1, -1)] if isinstance(steps, int) else [float(t) for t in steps]
+    """N -> [1, (N-1)/N, ..., 0]; decreasing times stay what they are."""
+    return [i / steps for i in range(steps, -1, -1)] if isinstance(steps, int) else list(steps)
 
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine):
-    """MCM Algorithm 2: z [B, ...] at the first time -> z at the last, one jump a segment. steps: N or the times."""
-    times = time_grid(steps)
-    state = z.double()
+    """MCM Algorithm 2, a jump a segment: z [B, ...] at the first time -> z at the last.
+
+    steps: N, or the times.
+    """
+    state, times = z.double(), time_grid(steps)
     for t, s in zip(times[:-1], times[1:]):
         x = f(state.to(z.dtype), torch.full((len(z),), t, dtype=z.dtype, device=z.device))
         state = mcm.ddim(x.double(), state, t, s, schedule)
     return state.to(z.dtype)
 
-ddim = multistep  # eq. (4) repeated: what differs is the f it is given, not the sampler
+ddim = multistep  # eq. (4), repeated: what differs is f, not the sampler
 
 def paper_x_var(alpha, sigma):
-    """The variance per element that a diffusion model's x_hat lacks, as the paper guesses it for images."""
+    """The variance per element that x_hat lacks, as the paper guesses it for images."""
     return 0.1 / (2 + alpha**2 / sigma**2)
 
 @torch.no_grad()
 def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
-    """MCM Algorithm 3, as multistep; x_var(alpha_t, sigma_t) -> variance per element."""
-    times = time_grid(steps)
-    state = z.double()
+    """MCM Algorithm 3, as multistep; x_var(alpha_t, sigma_t) -> missing variance per element."""
+    state, times = z.double(), time_grid(steps)
     for t, s in zip(times[:-1], times[1:]):
         x = f(state.to(z.dtype), torch.full((len(z),), t, dtype=z.dtype, device=z.device))
-        alpha_t, sigma_t = mcm.at(schedule, t, state)
-        state = mcm.addim(x.double(), state, t, s, x_var(alpha_t, sigma_t), schedule)
+        missing = x_var(*mcm.at(schedule, t, state))
+        state = mcm.addim(x.double(), state, t, s, missing, schedule)
     return state.to(z.dtype)
 
 @torch.no_grad()
 def renoise(denoise, latents, sigmas, noise=None):
-    """x = D(sigma_0 latents, sigma_0), then for each further sigma: x = D(x + sigma noise, sigma) -> x, float64.
+    """x = D(sigma_0 latents), then x = D(x + sigma noise) for each further sigma -> x, float64.
 
-    sigmas: decreasing, e.g. [80, 0.821]; noise: one [B, ...] for each sigma after the first, default fresh.
+    sigmas: decreasing, ECT's are 80, 0.821; noise: a [B, ...] for each after the first, or fresh.
     """
     x = torch.zeros_like(latents, dtype=torch.float64)
     for i, sigma in enumerate(sigmas):
@@ -69,8 +71,8 @@ def renoise(denoise, latents, sigmas, noise=None):
 @torch.no_grad()
 def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_MAX, rho=7):
     """EDM Algorithm 1 without churn: latents [B, ...] ~ N(0, 1) -> x, float64."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64).tolist()
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64).tolist()
     sigmas = [(high + u * (low - high)) ** rho for u in ramp] + [0.0]
     x = latents.double() * sigmas[0]
     for t, s in zip(sigmas[:-1], sigmas[1:]):
@@ -86,39 +88,39 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
 # From a network to images.
 
 def generator(net, method, steps, segmented=False, sampler=None, **condition):
-    """The sampler that fits how `net` was trained -> (noise [B, C, H, W] -> x in [-1, 1], evaluations).
+    """The sampler for what `net` was trained as -> (noise [B, C, H, W] -> x, evaluations).
 
-    method: diffusion, mct, mcd or ect. sampler: ddim, addim or heun instead, for a diffusion model.
+    method: diffusion, mct, mcd or ect; sampler: ddim, addim or heun, for a diffusion model.
     """
     denoise = functools.partial(net, **condition)
-
+    inner = ect.default_edges(steps).tolist()[::-1]
     if sampler == "heun":
         return lambda z: heun(denoise, z, steps), 2 * steps - 1
     if sampler == "addim":
         return lambda z: addim(mcm.as_f(denoise), z, steps), steps
-    if method == "diffusion" or sampler == "ddim":
+    if method == "diffusion":
         return lambda z: ddim(mcm.as_f(denoise), z, steps), steps
     if method in ("mct", "mcd"):
         return lambda z: multistep(mcm.as_f(denoise, steps=steps), z, steps), steps
-    inner = ect.default_edges(steps).tolist()[::-1]
     if segmented:
-        f = mcm.as_f(ect.told_segment(denoise, ect.default_edges(
-            steps).to(next(net.parameters()).device)), mcm.edm)
-        return lambda z: multistep(f, mcm.SIGMA_MAX * z, [mcm.SIGMA_MAX, *inner, 0], mcm.edm), steps
-    sigmas = [mcm.SIGMA_MAX] + ([ect.MID_SIGMA] if steps == 2 else inner)
+        times = [mcm.SIGMA_MAX, *inner, 0.0]
+        edges = ect.default_edges(steps).to(next(net.parameters()).device)
+        f = mcm.as_f(ect.told_segment(denoise, edges), mcm.edm)
+        return lambda z: multistep(f, mcm.SIGMA_MAX * z, times, mcm.edm), steps
 
-    def two_or_more(z):  # the further noise is a function of the first, so that results repeat
+    def consistency(z):  # the further noise is a function of the first, so that results repeat
         g = torch.Generator(z.device).manual_seed(int(z.double().abs().sum() * 1e6))
         noise = torch.randn(steps, *z.shape, generator=g, device=z.device)
+        sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else inner)]
         return renoise(ect.told_segment(denoise), z, sigmas, noise)
-    return two_or_more, steps
+    return consistency, steps
 
 def to_uint8(x):
-    """[-1, 1] -> 0 .. 255, to the nearest; the inverse of v / 127.5 - 1 on all 256 levels."""
+    """[-1, 1] -> 0 .. 255, to the nearest: the inverse of v / 127.5 - 1 on all 256 levels."""
     return (x.clamp(-1, 1) * 127.5 + 127.5).round().byte()
 
 def save_grid(x, path, columns, labels=()):
-    """x [B, 3, H, W] in [-1, 1] -> a PNG, `columns` images wide, twice their size, rows labelled."""
+    """x [B, 3, H, W] in [-1, 1] -> a PNG, `columns` images wide, at twice their size."""
     from PIL import Image, ImageDraw
     from torchvision.utils import make_grid
     grid = make_grid(to_uint8(x.cpu()), columns, pad_value=255).permute(1, 2, 0)
@@ -127,20 +129,18 @@ def save_grid(x, path, columns, labels=()):
     canvas = Image.new("RGB", (picture.width + margin, picture.height), "white")
     canvas.paste(picture, (margin, 0))
     for i, label in enumerate(labels):
-        ImageDraw.Draw(canvas).text(
-            (6, (i + 0.4) * picture.height / len(labels)), label, fill="black")
+        y = (i + 0.4) * picture.height / len(labels)
+        ImageDraw.Draw(canvas).text((6, y), label, fill="black")
     canvas.save(path, format="PNG")
 
 def main(arguments=None):
     import fid
-    import train_cifar
+    from train_cifar import load_checkpoint, number, write
     parser = fid.Parser(prog="sample.py", description=__doc__.split("\n")[0])
-    number = train_cifar.number
     parser.add_argument("checkpoint", help="latest.pt or diffusion.pt of a run")
     parser.add_argument("--steps", type=number(int, 1, 1000), help="default: as trained")
     parser.add_argument("--n", type=number(int, 1, 10**7), default=64, help="how many")
-    parser.add_argument("--out", default="samples.png",
-                        help="a grid .png, or .npz with uint8 NHWC in arr_0")
+    parser.add_argument("--out", default="samples.png", help="a .png grid, or .npz (arr_0, NHWC)")
     parser.add_argument("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")
     parser.add_argument("--batch", type=number(int, 1, 10**6), default=250)
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
@@ -152,28 +152,26 @@ def main(arguments=None):
         parser.error(f"--out {out}: give a .png or .npz in a folder that exists")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; leave it out")
-    net, state = train_cifar.load_checkpoint(args.checkpoint, args.device)
+    net, state = load_checkpoint(args.checkpoint, args.device)
     method, trained = state["method"], state["config"]["steps"]
+    segmented = state["config"]["segmented"]
     steps = args.steps or (18 if method == "diffusion" else trained[-1])
     if args.sampler and method != "diffusion":
-        parser.error(
-            f"--sampler is for diffusion models, this one is tuned by {method}: leave it out")
-    free = method == "diffusion" or method == "ect" and not state["config"]["segmented"]
-    if not free and steps not in trained:
-        parser.error(
-            f"--steps {steps}: {args.checkpoint} was trained for {trained}, choose of these")
+        parser.error(f"--sampler is for diffusion models, this one is tuned by {method}")
+    if not (method == "diffusion" or method == "ect" and not segmented or steps in trained):
+        parser.error(f"--steps {steps}: {args.checkpoint} was trained for {trained}")
     sampler = args.sampler or ("heun" if method == "diffusion" else None)
-    generate, nfe = generator(net, method, steps, state["config"]["segmented"], sampler)
+    generate, nfe = generator(net, method, steps, segmented, sampler)
     side = net.arguments["resolution"]
     z = torch.randn(args.n, 3, side, side, generator=torch.Generator().manual_seed(args.seed))
     x = torch.cat([generate(part.to(args.device)).float().cpu() for part in z.split(args.batch)])
     if out.suffix == ".npz":
-        train_cifar.write(out, lambda path: np.savez(
-            open(path, "wb"), arr_0=to_uint8(x).permute(0, 2, 3, 1)))
+        images = to_uint8(x).permute(0, 2, 3, 1).numpy()
+        write(out, lambda path: np.savez(path, arr_0=images))
     else:
-        train_cifar.write(out, lambda path: save_grid(x, path, math.ceil(args.n**0.5)))
-    print(
-        f"{out}: {args.n} samples of {state['data']} by {method}, {steps} steps, {nfe} evaluations")
+        write(out, lambda path: save_grid(x, path, math.ceil(args.n**0.5)))
+    print(f"{out}: {args.n} samples of {state['data']} by {method}, {steps} steps, "
+          f"{nfe} evaluations")
 
 if __name__ == "__main__":
     import fid

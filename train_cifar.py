@@ -1,11 +1,11 @@
 """Train a few-step generator, from nothing to a table, in one command on a GPU or a laptop.
 
-    python train_cifar.py --steps 2                      # data, diffusion model, tuning, table, pictures
+    python train_cifar.py --steps 2                      # all of it, 11 minutes on two CPU cores
     python train_cifar.py --steps 1 2 4 8                # one network, the whole dial
     torchrun --nproc_per_node=8 train_cifar.py --steps 2
 
-In reading order: Config (every setting, once), UNet (EDM's DDPM++), data, load_edm (EDM's published weights, opened
-safely), the step (what is drawn, which loss), train, report, and last the plumbing.
+In reading order: Config (every setting, once), UNet (EDM's DDPM++), data, load_edm (EDM's published
+weights, opened safely), the step (what is drawn, which loss), train, report; plumbing comes last.
 """
 import argparse
 import copy
@@ -36,6 +36,8 @@ from fid import UserError
 
 # ------------------------------------------------------------------------------------------------
 # Settings.
+
+HOUR = ect.RECIPES["hour"]
 
 def opt(default, help, low=None, high=None, kind=None, **more):
     kind = kind or type(default)
@@ -69,8 +71,8 @@ class Config:
     patch: int = opt(None, "space-to-depth before the U-Net", 1, 16, int)
     T: tuple = opt(None, "teacher steps, first and last", 1, 10**6, float, nargs=2)
     huber_eps: float = opt(None, "1e-4: a norm (long runs); 1: squared (short)", 0, 1e6, float)
-    q: float = opt(256.0, "ECT: how fast r approaches t", 1.001, 1e6)
-    double_every: int = opt(0, "ECT: iterations per stage of r; 0: one stage", 0, 10**9)
+    q: float = opt(HOUR.q, "ECT: how fast r approaches t", 1.001, 1e6)
+    double_every: int = opt(HOUR.double_every, "ECT: iterations per stage of r; 0: one stage", 0, 10**9)
     segmented: bool = opt(False, "ECT: one consistency function per step, not one in all")
     precision: str = opt(None, "of the network", choices=("fp16", "tf32", "bf16", "fp32"))
     compile: bool = opt(None, "torch.compile the step", kind=bool)
@@ -87,8 +89,10 @@ PRESETS = {
     "cpu": dict(iters=1500, pretrain_iters=3200, batch=32, lr=2e-3, pretrain_lr=2e-3, ema=0.995,
                 dropout=0.0, width=32, mult=(1, 2, 2), blocks=1, attention=(), patch=2, T=(8, 64),
                 huber_eps=1.0, precision="fp32", compile=False, fd_samples=1000, save_every=500),
-    "cuda": dict(iters=8000, pretrain_iters=100_000, batch=128, lr=1e-4, pretrain_lr=5e-4,
-                 ema=0.9993, dropout=0.2, width=128, mult=(2, 2, 2), blocks=4, attention=(16,), patch=1,
+    # ECT's hour for every method; ect.RECIPES has the long one, to be given by --iters, --q, ...
+    "cuda": dict(iters=HOUR.iterations, pretrain_iters=100_000, batch=HOUR.batch, lr=HOUR.lr,
+                 pretrain_lr=5e-4, ema=HOUR.ema, dropout=HOUR.dropout, width=128, mult=(2, 2, 2),
+                 blocks=4, attention=(16,), patch=1,
                  T=(64, 1280), huber_eps=1e-4, precision="fp16", compile=True, fd_samples=50_000,
                  save_every=1000),
 }
@@ -277,8 +281,8 @@ class UNet(nn.Module):
         odd = [key for key in own.keys() | state.keys() if "map_segment" not in key and (
             key not in own or key not in state or own[key].shape != state[key].shape)]
         if odd:
-            raise UserError(f"{name} does not fit the network at {sorted(odd)[:3]}: it is of another "
-                            "architecture, give one of this")
+            raise UserError(f"{name} does not fit the network at {sorted(odd)[:3]}: give one of "
+                            "this architecture")
         self.load_state_dict(state, strict=False)
         return self
 
@@ -334,8 +338,8 @@ def load_data(spec):
                 (fid.read_npz if spec.endswith(".npz") else fid.read_folder)(spec))
     height, width = data.images.shape[2:]
     if height != width or height % 16 or len(data.images) < 8:
-        raise UserError(f"--data {spec}: {len(data.images)} images of {width}x{height}; give at least 8, "
-                        "square, with a side that 16 divides")
+        raise UserError(f"--data {spec}: {len(data.images)} images of {width}x{height}; give at "
+                        "least 8, square, with a side that 16 divides")
     return data
 
 # ------------------------------------------------------------------------------------------------
@@ -527,7 +531,7 @@ def train(run, net, phase, teacher=None):
 # What the tuning bought: one table, one picture.
 
 def report(run, extractor, diffusion, tuned):
-    """The diffusion model at N steps and at many, the tuned one at N: table, result.json, dial.png."""
+    """The diffusion model at N steps and at many, the tuned one at N: a table and a picture."""
     c, n = run.config, run.config.fd_samples
     real, floor, floor_n = fid.reference(run.data.images, extractor, n)
     metric = fid.metric_name(extractor.name, n)
@@ -537,8 +541,8 @@ def report(run, extractor, diffusion, tuned):
         generate, nfe = sample.generator(net, method, N, c.segmented, kind)
         return generate, dict(model=model, method=method, steps=N, nfe=nfe)
     many = ("diffusion", c.many, "heun")  # the diffusion model at its best
-    say(f"\n{run.data.name}, {c.method}: {metric} against {len(run.data.images)} images; two sets of "
-        f"{floor_n} real images are {floor:.4f} apart\n"
+    say(f"\n{run.data.name}, {c.method}: {metric} against {len(run.data.images)} images; two sets "
+        f"of {floor_n} real images are {floor:.4f} apart\n"
         f"{'model':<10} {'steps':>5} {'evaluations':>11} {'distance':>10} {'images/s':>9}")
     rows = []
     for choice in [*((model, N) for model in ("diffusion", "tuned") for N in c.steps), many]:
@@ -549,11 +553,12 @@ def report(run, extractor, diffusion, tuned):
         row["images_per_second"] = n / (time.time() - start)
         row["distance"] = fid.frechet_distance(made.mean, made.cov, real.mean, real.cov)
         rows.append(dict(row, metric=metric, features=extractor.name, n=n, floor=floor))
-        say("{model:<10} {steps:>5} {nfe:>11} {distance:>10.4f} {images_per_second:>9.0f}".format(**row))
+        say(f"{row['model']:<10} {row['steps']:>5} {row['nfe']:>11} {row['distance']:>10.4f} "
+            f"{row['images_per_second']:>9.0f}")
     own, now, best = (rows[i]["distance"] for i in (0, len(c.steps), -1))
     closed = f"{(own - now) / (own - best):.0%}" if own > best else "nothing, there was none,"
-    say(f"tuning closed {closed} of the gap between {c.steps[0]} steps of the diffusion model and its "
-        f"{rows[-1]['nfe']} evaluations; pictures: {run.out}/dial.png")
+    say(f"tuning closed {closed} of the gap between {c.steps[0]} steps of the diffusion model and "
+        f"its {rows[-1]['nfe']} evaluations; pictures: {run.out}/dial.png")
     write(run.out / "result.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
     dial = [sampler("tuned" if N in c.steps else "diffusion", N) for N in (1, 2, 4, 8)]
     dial.append(sampler(*many))
@@ -599,10 +604,10 @@ def load_checkpoint(path, device="cpu", **changes):
                         f"({type(error).__name__}): give another, or delete it") from None
 
 def load_diffusion(path, device):
-    """What --init names: EDM's published network, a pickle of EDM or ECT, or a checkpoint of ours."""
+    """What --init names: EDM's published network, a pickle of EDM or ECT, or one of ours."""
     if path == "edm":
         path = str(fid.fetch(*EDM))
-        say(f"EDM's weights are licensed CC BY-NC-SA 4.0: not for commercial use, nor is what they become")
+        say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what is made of them")
     if path.endswith(".pkl"):
         state, arguments = load_edm(path)
         say(f"--init: {path} is a network of EDM or ECT, {arguments}")
@@ -664,8 +669,8 @@ class Run:
             i, j = (~recent.isfinite()).nonzero()[0].tolist()
             at = step - len(recent) + i
             times = {k: v[j].item() for k, v in draw(self, phase, at).items() if k in ("t", "s")}
-            sys.exit(f"error: loss {recent[i, j]} in {phase} iteration {at}, sample {j}, {times}; the "
-                     "last checkpoint is kept: try a smaller --lr, or --precision fp32")
+            sys.exit(f"error: loss {recent[i, j]} in {phase} iteration {at}, sample {j}, {times}; "
+                     "the last checkpoint is kept: try a smaller --lr, or --precision fp32")
         if logs and self.rank == 0:
             self.log(phase, step, iterations, recent.mean().item(),
                      parts["optimizer"], parts["scaler"])
@@ -677,8 +682,11 @@ class Run:
             images = sample.generator(parts["ema"], method, N, c.segmented)[0](self.noise(0, 32))
             write(self.out / f"samples-{phase}-{step:06d}.png",
                   lambda path: sample.save_grid(images, path, 8))
+        if last:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if stop:
-            say(f"stopped at {phase} iteration {step} and saved; the same command goes on from there")
+            say(f"stopped at {phase} iteration {step} and saved; the same command goes on")
             sys.exit(128 + stop)
 
     def log(self, phase, step, iterations, loss, optimizer, scaler):
@@ -686,13 +694,13 @@ class Run:
         left = (iterations - step) * self.config.batch / speed
         skipped = step - int(next(iter(optimizer.state.values()))["step"])  # fp16 overflows
         say(f"{phase} {step}/{iterations}  loss {loss:.5f}  {speed:.0f} images/s  "
-            f"{left // 60:.0f}:{left % 60:02.0f} left" + (f"  {skipped} skipped" if skipped else ""))
+            f"{left // 60:.0f}:{left % 60:02.0f} left{f'  {skipped} skipped' * bool(skipped)}")
         row = dict(phase=phase, step=step, loss=loss, images_per_second=speed, skipped=skipped)
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         if scaler.is_enabled() and scaler.get_scale() < 1:
-            sys.exit(f"error: fp16 overflows at every loss scale, {skipped} steps were skipped; the last "
-                     "checkpoint is kept: try --precision bf16")
+            sys.exit(f"error: fp16 overflows at every loss scale, {skipped} steps were skipped; "
+                     "the last checkpoint is kept: try --precision bf16")
 
     def save(self, name, phase, ema, **more):
         method = "diffusion" if phase == "pretrain" else self.config.method
@@ -740,7 +748,7 @@ def open_folder(c, given, data, device):
     asked = {**{k: v for k, v in given.items() if k in kept}, "data": data.name}
     for key, value in {**kept, "data": saved["data"]}.items():
         if asked.get(key, value) != value:
-            raise UserError(f"--{key.replace('_', '-')}: the run in {out} was begun with {value}, not "
+            raise UserError(f"--{key.replace('_', '-')}: {out} was begun with {value}, not "
                             f"{asked[key]}: leave that as it was, or choose another --out")
     now, log = (PHASES.index(saved["phase"]), saved["step"]), out / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -790,8 +798,8 @@ def main(arguments=None):
         UNet(width=c.width, mult=c.mult, blocks=c.blocks,
              patch=c.patch)(torch.zeros(1, 3, 32, 32), 1.0)
     except (ValueError, RuntimeError, ZeroDivisionError, IndexError):
-        raise UserError(f"--width {c.width}, --mult {c.mult}, --blocks {c.blocks} and --patch {c.patch} make "
-                        "no U-Net: take widths of 16, 32, 64, 128 and patches of 1, 2, 4") from None
+        raise UserError(f"--width {c.width}, --mult {c.mult} and --patch {c.patch} make no U-Net: "
+                        "take widths of 16, 32, 64, 128 and patches of 1, 2, 4") from None
     extractor = fid.feature_extractor(c.features, device)
     data, init = load_data(c.data), None
     size = data.images.shape[-1]
@@ -804,8 +812,8 @@ def main(arguments=None):
     if c.init not in ("auto", "none"):
         init, method = load_diffusion(c.init, device)
         if method != "diffusion" or init.arguments["resolution"] != size:
-            raise UserError(f"--init {c.init} is a {method} model of {init.arguments['resolution']} pixels: "
-                            f"give the diffusion.pt of a run with {size}")
+            raise UserError(f"--init {c.init} is a {method} model, {init.arguments['resolution']} "
+                            f"pixels wide: give the diffusion.pt of a run with {size}")
     c, saved, lock = open_folder(c, given, data, device)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
