@@ -580,7 +580,7 @@ def say(*words):
 
 def write(path, save):
     """The one way a file comes to be: save(a temporary path), flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".part-{path.name}")
     try:
         save(temporary)
         with open(temporary, "rb+") as file:
@@ -740,6 +740,8 @@ def open_folder(c, given, data, device):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when we end
     except OSError:
         raise UserError(f"--out {out} is in use by another run: wait, or choose another") from None
+    for stale in out.glob(".part-*") if os.environ.get("RANK", "0") == "0" else ():
+        stale.unlink()  # of a run that was killed while it wrote
     c = replace(c, out=str(out))
     if not (out / "latest.pt").exists():
         return c, {}, lock
