@@ -72,7 +72,7 @@ class Config:
     T: tuple = opt(None, "teacher steps, first and last", 1, 10**6, float, nargs=2)
     huber_eps: float = opt(None, "1e-4: a norm (long runs); 1: squared (short)", 0, 1e6, float)
     q: float = opt(HOUR.q, "ECT: how fast r approaches t", 1.001, 1e6)
-    double_every: int = opt(HOUR.double_every, "ECT: iterations per stage of r; 0: one stage", 0, 10**9)
+    double_every: int = opt(HOUR.double_every, "ECT: iterations per stage; 0: one stage", 0, 10**9)
     segmented: bool = opt(False, "ECT: one consistency function per step, not one in all")
     precision: str = opt(None, "of the network", choices=("fp16", "tf32", "bf16", "fp32"))
     compile: bool = opt(None, "torch.compile the step", kind=bool)
@@ -518,7 +518,7 @@ def train(run, net, phase, teacher=None):
             part = {key: value.chunk(c.accum * run.world)[i] for key, value in batch.items()}
             losses.append(loss_of(net, teacher, c, phase, part, stage))
             scaler.scale(losses[-1].mean() / (c.accum * run.world)).backward()
-        run.add_over_processes([p.grad for p in params])
+        run.add_over_processes([p.grad for p in params if p.grad is not None])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -795,6 +795,9 @@ def main(arguments=None):
     c = Config(**{**PRESETS[name], **given})
     if c.segmented and (c.method != "ect" or len(c.steps) > 1):
         raise UserError("--segmented needs --method ect and a single --steps")
+    if c.batch % (c.accum * int(os.environ.get("WORLD_SIZE", 1))):
+        raise UserError(f"--batch {c.batch} cannot be split evenly over --accum {c.accum} and the "
+                        "processes: make it a multiple")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     try:
         UNet(width=c.width, mult=c.mult, blocks=c.blocks,
