@@ -71,8 +71,9 @@ class Config:
     patch: int = opt(None, "space-to-depth before the U-Net", 1, 16, int)
     T: tuple = opt(None, "teacher steps, first and last", 1, 10**6, float, nargs=2)
     huber_eps: float = opt(None, "1e-4: a norm (long runs); 1: squared (short)", 0, 1e6, float)
-    q: float = opt(HOUR.q, "ECT: how fast r approaches t", 1.001, 1e6)
-    double_every: int = opt(HOUR.double_every, "ECT: iterations per stage; 0: one stage", 0, 10**9)
+    q: float = opt(None, "ECT: how fast r approaches t", 1.001, 1e6, float)
+    double_every: int = opt(None, "ECT: iterations per stage; 0: one stage", 0, 10**9, int)
+    ect_c: float = opt(None, "ECT: c of the pseudo-Huber norm of an image", 0, 1e6, float)
     segmented: bool = opt(False, "ECT: one consistency function per step, not one in all")
     precision: str = opt(None, "of the network", choices=("fp16", "tf32", "bf16", "fp32"))
     compile: bool = opt(None, "torch.compile the step", kind=bool)
@@ -88,11 +89,12 @@ PRESETS = {
     # accumulate along the chain of references and a short run cannot wash them out.
     "cpu": dict(iters=1500, pretrain_iters=3200, batch=32, lr=2e-3, pretrain_lr=2e-3, ema=0.995,
                 dropout=0.0, width=32, mult=(1, 2, 2), blocks=1, attention=(), patch=2, T=(8, 64),
-                huber_eps=1.0, precision="fp32", compile=False, fd_samples=1000, save_every=500),
+                huber_eps=1.0, q=2.0, double_every=250, ect_c=50.0, precision="fp32", compile=False,
+                fd_samples=1000, save_every=500),
     # ECT's hour for every method; ect.RECIPES has the long one, to be given by --iters, --q, ...
     "cuda": dict(iters=HOUR.iterations, pretrain_iters=100_000, batch=HOUR.batch, lr=HOUR.lr,
                  pretrain_lr=5e-4, ema=HOUR.ema, dropout=HOUR.dropout, width=128, mult=(2, 2, 2),
-                 blocks=4, attention=(16,), patch=1,
+                 blocks=4, attention=(16,), patch=1, q=HOUR.q, double_every=HOUR.double_every, ect_c=0.0,
                  T=(64, 1280), huber_eps=1e-4, precision="fp16", compile=True, fd_samples=50_000,
                  save_every=1000),
 }
@@ -482,7 +484,7 @@ def step_loss(net, teacher, c, phase, b, stage):
     if c.method == "ect":
         edges = ect.default_edges(c.steps[0]).to(x.device) if c.segmented else None
         denoise = ect.told_segment(net, edges, seed=b["seed"])
-        return ect.ect_loss(denoise, x, b["eps"], b["t"], stage, q=c.q, edges=edges)
+        return ect.ect_loss(denoise, x, b["eps"], b["t"], stage, q=c.q, c=c.ect_c, edges=edges)
     f = mcm.as_f(net, steps=b["N"], seed=b["seed"])
     return mcm.consistency_loss(f, x, b["eps"], b["t"], b["s"], b["t_step"], huber_eps=c.huber_eps,
                                 teacher=mcm.as_f(teacher) if c.method == "mcd" else None)
