@@ -171,7 +171,7 @@ def evaluate(batches, extractor, total=0):
         statistics.update(extractor(images))
         n, t = statistics.n, time.perf_counter() - start
         left = f"{n} of {total}, {n / t:.0f} images/s, {(total - n) * t / n:.0f} s left   \r"
-        print(left * (total > 0), end="", file=sys.stderr)
+        print(left * (total > 0 and sys.stderr.isatty()), end="", file=sys.stderr)
     return statistics
 
 def read(source="cifar10"):

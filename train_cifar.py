@@ -94,7 +94,8 @@ PRESETS = {
     # ECT's hour for every method; ect.RECIPES has the long one, to be given by --iters, --q, ...
     "cuda": dict(iters=HOUR.iterations, pretrain_iters=100_000, batch=HOUR.batch, lr=HOUR.lr,
                  pretrain_lr=5e-4, ema=HOUR.ema, dropout=HOUR.dropout, width=128, mult=(2, 2, 2),
-                 blocks=4, attention=(16,), patch=1, q=HOUR.q, double_every=HOUR.double_every, ect_c=0.0,
+                 blocks=4, attention=(16,), patch=1, q=HOUR.q, double_every=HOUR.double_every,
+                 ect_c=0.0,
                  T=(64, 1280), huber_eps=1e-4, precision="fp16", compile=True, fd_samples=50_000,
                  save_every=1000),
 }
