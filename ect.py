@@ -10,7 +10,7 @@ f(z_r, r) for r = 0, and move r towards t as training goes on. What that changes
 The target is mcm.consistency_target in both. With `edges` time is cut into segments, as in MCM:
 the two papers combined.
 
-    python ect.py        # r(t) by stage, and the toy of mcm.py tuned to 1 and 2 steps; 35 s
+    python ect.py        # r(t) by stage, and the toy of mcm.py tuned to 1 and 2 steps; 30 s
 """
 import argparse
 import copy

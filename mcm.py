@@ -15,7 +15,7 @@ steps recover most of the quality.
 The contract: x and z have any shape [B, ...], times are [B], f(z_t, t) -> x_hat has x's shape.
 Everything is computed per sample, nothing but draw_times is random, the loss compiles whole.
 
-    python mcm.py                  # the dial in one dimension: a table and mcm.png; 60 s
+    python mcm.py                  # the dial in one dimension: a table and mcm.png; 80 s
     python mcm.py --method mcd     # the same by distillation
 """
 import argparse
