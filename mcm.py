@@ -9,8 +9,8 @@ steps recover most of the quality.
     cosine, edm            schedules t -> (alpha, sigma), with z_t = alpha x + sigma eps
     ddim, inv_ddim, addim  eq. (4), eq. (5), Algorithm 3 with eq. (14)
     draw_times             the times of Algorithm 1; teacher_steps: T(i)
+    as_f, segment          a denoiser D(x, sigma) as the paper's f(z_t, t), told where it is
     consistency_loss       Algorithm 1: training, distillation, TRACT, plain consistency models
-    as_f                   a denoiser D(x, sigma) as the paper's f(z_t, t)
 
 The contract: x and z have any shape [B, ...], times are [B], f(z_t, t) -> x_hat has x's shape.
 Everything is computed per sample, nothing but draw_times is random, the loss compiles whole.
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 # ------------------------------------------------------------------------------------------------
-# Schedules. A network sees only sigma / alpha, which runs over EDM's range.
+# Schedules, any t -> (alpha, sigma). A network sees only sigma / alpha, over EDM's range.
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 ANGLE_0, ANGLE_1 = math.atan(SIGMA_MIN), math.atan(SIGMA_MAX)
@@ -60,7 +60,6 @@ def mean_per_sample(x):
     """[B, ...] -> [B]."""
     return x.reshape(len(x), -1).mean(1)
 
-
 # ------------------------------------------------------------------------------------------------
 # Steps. ddim moves z from t to s < t in the belief that the clean image is x; inv_ddim asks which
 # belief would have made that move.
@@ -82,8 +81,7 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
 
     x is the mean of the images that z_t may come from, so it lacks their spread, and every DDIM
     step loses variance. Given the missing variance per element, x_var (number or [B]), the noise is
-    made longer so that, eq. (14),
-    mean((z_s - alpha_s x)^2) =
+    made longer so that, eq. (14), mean((z_s - alpha_s x)^2) =
     sigma_s^2 mean(eps_hat^2) + (alpha_s - alpha_t sigma_s / sigma_t)^2 x_var.
     """
     alpha_t, sigma_t = at(schedule, t, z_t)
@@ -95,9 +93,8 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     missing = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * x_var
     return alpha_s * x + (sigma_s**2 + missing / power).sqrt() * eps_hat
 
-
 # ------------------------------------------------------------------------------------------------
-# Times.
+# Times and segments.
 
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i): steps that the path is cut into at iteration i, from start to end, log-linearly.
@@ -117,35 +114,42 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None)
     u = torch.rand(2, batch, generator=generator, device=device)
     N = torch.as_tensor(student_steps, device=device)
     n = (teacher_steps / N).round().clamp(min=1)
-    # which segment: 0 .. N-1, even if u N rounds up
-    step = (u[0] * N).floor().minimum(N - 1)
+    step = (u[0] * N).floor().minimum(N - 1)         # which segment: 0 .. N-1, if u N rounds up too
     n_rel = (u[1] * n).floor().minimum(n - 1) + 1    # which teacher step in it: 1 .. n
     T = n * N
     return (step * n + n_rel) / T, (step * n + n_rel - 1) / T, step * n / T
 
-def segment(t, steps):
-    """Which segment (i/N, (i+1)/N] holds t [B], as a row in a table of those of all N: int64 [B].
+def segment(sigma, steps):
+    """Which of N segments, equal in cosine's t, holds the noise level sigma / alpha [B].
 
-    The N segments of an N-step model are rows N(N-1)/2 onwards, so a row tells both N and i. A
-    network needs to know: its target jumps where segments meet, which it cannot follow as a smooth
-    function of ln sigma. On the toy below at N = 2, `main` finds 0.046 when told, 0.098 when not.
-    An edge belongs to the segment below it, where a sampler's jump starts; 1e-4 guards against t
-    having been rounded up.
+    int64 [B], a row in a table of the segments of all N: those of an N-step model are the rows from
+    N(N-1)/2 on. A network needs to know: its target jumps where segments meet, which it cannot
+    follow as a smooth function of ln sigma. On the toy below at N = 2, `main` finds 0.046 when
+    told, 0.099 when not. An edge belongs to the segment below it, where a sampler's jump starts;
+    1e-4 guards against sigma having been rounded up.
     """
-    N = torch.as_tensor(steps, device=t.device)
+    N = torch.as_tensor(steps, device=sigma.device)
+    t = (sigma.atan() - ANGLE_0) / (ANGLE_1 - ANGLE_0)
     i = (t * N - 1e-4).ceil().clamp(min=1).minimum(N) - 1
     return (N * (N - 1) // 2 + i).long()
+
+def told(denoise, steps=None, **condition):
+    """D(x, sigma) that passes on `condition` (labels, text, ...) and, given N, the segment."""
+    def D(x, sigma):
+        where = {} if steps is None else {"segment": segment(sigma, steps)}
+        return denoise(x, sigma, **where, **condition)
+    return D
 
 def as_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) from a denoiser D(x0 + sigma eps, sigma): D(z / alpha, sigma / alpha).
 
-    With `steps` (N, or int64 [B]) the denoiser is told the segment, as a keyword. What else it is
-    to be given (labels, text, ...) rides along in `condition`.
+    steps (N, or int64 [B]) and condition: see `told`.
     """
+    D = told(denoise, steps, **condition)
+
     def f(z, t):
         alpha, sigma = at(schedule, t, z)
-        told = {} if steps is None else {"segment": segment(t, steps)}
-        return denoise(z / alpha, (sigma / alpha).flatten(), **told, **condition)
+        return D(z / alpha, (sigma / alpha).flatten())
     return f
 
 def guided(f, f_uncond, weight):
@@ -154,7 +158,6 @@ def guided(f, f_uncond, weight):
         x, x_uncond = f(z, t), f_uncond(z, t)
         return x + weight * (x - x_uncond), x
     return teacher
-
 
 # ------------------------------------------------------------------------------------------------
 # The loss.
@@ -213,24 +216,21 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     target = consistency_target(f if f_ref is None else f_ref, z_s, z_t, t, s, t_step, schedule)
     return v_loss(f(z_t, t), target, z_t, t, schedule, huber_eps)
 
-
 # ------------------------------------------------------------------------------------------------
 # The dial in one dimension, as in Figure 1: everything above, used as train_cifar.py uses it.
 
 WEIGHTS, MEANS, STD = torch.tensor([0.3, 0.5, 0.2]), torch.tensor([-1.2, 0.2, 1.3]), 0.1
 
-def mixture(n, generator=None):
+def mixture(n, generator):
     """n draws [n, 1] of a mixture of three Gaussians."""
     mode = torch.multinomial(WEIGHTS, n, replacement=True, generator=generator)
     return (MEANS[mode] + STD * torch.randn(n, generator=generator))[:, None]
 
 def exact_denoise(x, sigma):
     """E[x0 | x0 + sigma eps = x] for the mixture; x [B, 1], sigma [B]."""
-    variance = STD**2 + \
-        sigma[:, None] ** 2                               # of x, in each mode [B, 1]
-    mode = (WEIGHTS.log() - (x - MEANS) ** 2 / (2 * variance)
-            ).softmax(1)  # posterior         [B, 3]
-    return (mode * (MEANS + STD**2 / variance * (x - MEANS))).sum(1, keepdim=True)
+    variance = STD**2 + sigma[:, None] ** 2                                         # of each mode
+    mode = (WEIGHTS.log() - (x - MEANS) ** 2 / (2 * variance)).softmax(1)           # [B, 3]
+    return (mode * (MEANS + STD**2 / variance * (x - MEANS))).sum(1, keepdim=True)  # [B, 1]
 
 class ToyDenoiser(nn.Module):
     """An MLP under EDM's preconditioning (sigma_data = 1), told its segment by an embedding that is
@@ -239,8 +239,7 @@ class ToyDenoiser(nn.Module):
     def __init__(self, width=64, segments=36):
         super().__init__()
         self.embed = nn.Linear(22, width)
-        self.segment = nn.Embedding(segments, width)
-        nn.init.zeros_(self.segment.weight)
+        self.segment = nn.Embedding(segments, width, _weight=torch.zeros(segments, width))
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                   nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 
@@ -248,7 +247,7 @@ class ToyDenoiser(nn.Module):
         sigma = sigma[:, None]
         scale = (sigma**2 + 1).rsqrt()
         waves = torch.cat([1.5 * scale * x * torch.arange(1, 7),
-                          sigma.atan() * torch.arange(1, 5)], 1)
+                           sigma.atan() * torch.arange(1, 5)], 1)
         h = self.embed(torch.cat([scale * x, sigma.log() / 4, waves.cos(), waves.sin()], 1))
         if segment is not None:
             h = h + self.segment(segment)
@@ -266,32 +265,25 @@ def train_toy(net, loss_of, iterations=3000, batch=1024, lr=1e-2):
         optimizer.step()
     return net
 
-# In one dimension the root "mean" square is |v|, of order 1: only a large eps makes it a squared
-# error, and anything else learns medians. No aDDIM either: one element has no norm to speak of.
-SQUARED = dict(huber_eps=100.0)
+def toy(diffusion=None, steps=None, teacher=None, told=True):
+    """A copy of a diffusion model, tuned to each N in `steps`; without one, the diffusion model.
 
-def toy_diffusion():
-    """A diffusion model of the mixture: v_loss with the data as target, t uniform."""
+    In one dimension the root "mean" square is |v|, of order 1: only a large huber_eps makes it a
+    squared error, and anything else learns medians. No aDDIM: one element has no norm to speak of.
+    """
     torch.manual_seed(0)
-    net = ToyDenoiser()
+    net = copy.deepcopy(diffusion) if diffusion else ToyDenoiser()
 
     def loss_of(x, eps, i, g):
-        t = torch.rand(len(x), generator=g)
-        alpha, sigma = at(cosine, t, x)
-        z_t = alpha * x + sigma * eps
-        return v_loss(as_f(net)(z_t, t), x, z_t, t, **SQUARED)
+        if diffusion:
+            N = torch.tensor(steps)[torch.randint(len(steps), (len(x),), generator=g)]
+            times = draw_times(len(x), N, teacher_steps(i, 8, 128, 1500), g)
+        else:  # from any t to s = t_step = 0: the target is the data
+            t = 1 - torch.rand(len(x), generator=g)
+            times = t, 0 * t, 0 * t
+        f = as_f(net, steps=N if diffusion and told else None)
+        return consistency_loss(f, x, eps, *times, teacher=teacher, x_var_frac=0.0, huber_eps=100.0)
     return train_toy(net, loss_of)
-
-def toy_multistep(diffusion, steps, teacher=None, told=True, iterations=3000):
-    """A copy of the diffusion model tuned to each N in `steps`, by Algorithm 1."""
-    net = copy.deepcopy(diffusion)
-
-    def loss_of(x, eps, i, g):
-        N = torch.tensor(steps)[torch.randint(len(steps), (len(x),), generator=g)]
-        times = draw_times(len(x), N, teacher_steps(i, 8, 128, iterations / 2), g)
-        f = as_f(net, steps=N if told else None)
-        return consistency_loss(f, x, eps, *times, teacher=teacher, x_var_frac=0.0, **SQUARED)
-    return train_toy(net, loss_of, iterations)
 
 @torch.no_grad()
 def jumps(f, z, steps):
@@ -306,17 +298,16 @@ def distance(x, y):
     """Wasserstein-1 distance of two samples of one size [n, 1]."""
     return (x.flatten().sort().values - y.flatten().sort().values).abs().mean().item()
 
-def draw_paths(paths, out):
+def draw_paths(paths, out, width=260, height=360):
     """A PNG, a panel for each (name, list of z [n, 1]): noise at its left, data at its right."""
     from PIL import Image, ImageDraw
-    width, height = 260, 360
     canvas = Image.new("RGB", (width * len(paths), height), "white")
     draw = ImageDraw.Draw(canvas)
     for panel, (name, points) in enumerate(paths):
-        y = (height / 2 - torch.stack(points)[:, :120, 0] * height / 6).T.tolist()  # [n][jumps + 1]
-        x = torch.linspace(10, width - 10, len(points)).add(panel * width).tolist()
-        for i, line in enumerate(y):
-            draw.line(list(zip(x, line)), fill=(2 * i, 60, 240 - 2 * i))
+        x = (torch.linspace(10, width - 10, len(points)) + panel * width).tolist()
+        for i, line in enumerate(torch.stack(points)[:, :120, 0].T):                # [jumps + 1]
+            y = (height / 2 - line * height / 6).tolist()
+            draw.line(list(zip(x, y)), fill=(2 * i, 60, 240 - 2 * i))
         draw.text((x[0], 8), name, fill="black")
     canvas.save(out)
 
@@ -330,25 +321,22 @@ def main(arguments=None, n=100_000):
         parser.error(f"--out {args.out}: give a file in a folder that exists")
     torch.set_num_threads(1)  # the MLP is too small to share
     g = torch.Generator().manual_seed(1)
-    truth, z = mixture(n, g), torch.randn(n, 1, generator=g)
-    diffusion, steps = toy_diffusion(), (1, 2, 4, 8)
+    truth, again, z = mixture(n, g), mixture(n, g), torch.randn(n, 1, generator=g)
+    diffusion, exact, steps = toy(), as_f(exact_denoise), (1, 2, 4, 8)
     teacher = as_f(diffusion) if args.method == "mcd" else None
+    one, untold = toy(diffusion, steps, teacher), toy(diffusion, [2], teacher, told=False)
 
     def score(f, N):
-        return distance(jumps(f, z, N)[-1], truth)
-    one = toy_multistep(diffusion, steps, teacher)
-    print(f"Wasserstein-1 distance to {n} draws of the truth, n = {n}\n"
-          f"floor: {distance(mixture(n, g), truth):.4f}\n"
-          f"exact denoiser, DDIM in 64 steps: {score(as_f(exact_denoise), 64):.4f}\n"
-          f"steps  exact DDIM  diffusion model     {args.method}  one {args.method} for all")
+        return f"{distance(jumps(f, z, N)[-1], truth):15.4f}"
+    print(f"Wasserstein-1 distance to {n} draws of the truth; of {n} others: "
+          f"{distance(again, truth):.4f}\nexact denoiser, DDIM in 64 steps {score(exact, 64)}\n"
+          f"2 steps, not told the segment    {score(as_f(untold), 2)}\n"
+          f"steps     exact DDIM  diffusion model {args.method:>14} {args.method:>6} for all N")
     paths = []
     for N in steps:
-        f = as_f(toy_multistep(diffusion, [N], teacher), steps=N)
+        f = as_f(toy(diffusion, [N], teacher), steps=N)
         paths.append((f"{N} steps", jumps(f, z, N)))
-        found = [score(g, N) for g in (as_f(exact_denoise), as_f(diffusion), f, as_f(one, steps=N))]
-        print("{:>5}  {:>10.4f}  {:>15.4f}  {:>6.4f}  {:>15.4f}".format(N, *found), flush=True)
-    untold = toy_multistep(diffusion, [2], teacher, told=False)
-    print(f"    2, not told the segment        {score(as_f(untold), 2):.4f}")
+        print(f"{N:>5}", *(score(g, N) for g in (exact, as_f(diffusion), f, as_f(one, steps=N))))
     draw_paths(paths[:3] + [("diffusion, 64 steps", jumps(as_f(diffusion), z, 64))], args.out)
 
 if __name__ == "__main__":

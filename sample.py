@@ -5,38 +5,35 @@
     renoise     D(x, sigma)  predict, add fresh noise, predict: consistency models, ECT's 2 steps
     heun        D(x, sigma)  EDM Algorithm 1 without churn: second order, 2 steps - 1 evaluations
 
-All start from unit Gaussian noise and end in [-1, 1] (not clipped). The state is float64, as small
-float32 errors add up at sigma = 80; f gets the dtype of the noise, D float64, which our networks
-cast. Labels, text, guidance belong to the callable. Noise can be passed in, so results can be
-repeated.
+All start from unit Gaussian noise [B, ...] and end in [-1, 1] (not clipped). The state is float64,
+as float32 errors add up at sigma = 80; f gets the dtype of the noise, D float64, which our networks
+cast. Labels, text, guidance belong to the callable; noise can be passed in.
 
     python sample.py CKPT --steps 2 --n 64 --out grid.png
     python sample.py CKPT --n 50000 --out samples.npz            # uint8 NHWC in arr_0, for fid.py
 """
-import functools
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import ect
+import fid
 import mcm
 
-def time_grid(steps):
-    """N -> [1, (N-1)/N, ..., 0]; decreasing times stay what they are."""
-    return [i / steps for i in range(steps, -1, -1)] if isinstance(steps, int) else list(steps)
-
 @torch.no_grad()
-def multistep(f, z, steps, schedule=mcm.cosine):
-    """MCM Algorithm 2, a jump a segment: z [B, ...] at the first time -> z at the last.
+def multistep(f, z, steps, schedule=mcm.cosine, move=mcm.ddim):
+    """MCM Algorithm 2, a jump a segment: z at the first time -> z at the last.
 
-    steps: N, or the times.
+    steps: N for the times 1, (N-1)/N, ..., 0; or the times.
     """
-    state, times = z.double(), time_grid(steps)
+    times = [i / steps for i in range(steps, -1, -1)] if isinstance(steps, int) else steps
+    state = z.double()
     for t, s in zip(times[:-1], times[1:]):
         x = f(state.to(z.dtype), torch.full((len(z),), t, dtype=z.dtype, device=z.device))
-        state = mcm.ddim(x.double(), state, t, s, schedule)
+        state = move(x.double(), state, t, s, schedule=schedule)
     return state.to(z.dtype)
 
 ddim = multistep  # eq. (4), repeated: what differs is f, not the sampler
@@ -45,15 +42,11 @@ def paper_x_var(alpha, sigma):
     """The variance per element that x_hat lacks, as the paper guesses it for images."""
     return 0.1 / (2 + alpha**2 / sigma**2)
 
-@torch.no_grad()
 def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
     """MCM Algorithm 3, as multistep; x_var(alpha_t, sigma_t) -> missing variance per element."""
-    state, times = z.double(), time_grid(steps)
-    for t, s in zip(times[:-1], times[1:]):
-        x = f(state.to(z.dtype), torch.full((len(z),), t, dtype=z.dtype, device=z.device))
-        missing = x_var(*mcm.at(schedule, t, state))
-        state = mcm.addim(x.double(), state, t, s, missing, schedule)
-    return state.to(z.dtype)
+    def move(x, z, t, s, schedule):
+        return mcm.addim(x, z, t, s, x_var(*mcm.at(schedule, t, z)), schedule)
+    return multistep(f, z, steps, schedule, move)
 
 @torch.no_grad()
 def renoise(denoise, latents, sigmas, noise=None):
@@ -70,7 +63,7 @@ def renoise(denoise, latents, sigmas, noise=None):
 
 @torch.no_grad()
 def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_MAX, rho=7):
-    """EDM Algorithm 1 without churn: latents [B, ...] ~ N(0, 1) -> x, float64."""
+    """EDM Algorithm 1 without churn: latents ~ N(0, 1) -> x, float64."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64).tolist()
     sigmas = [(high + u * (low - high)) ** rho for u in ramp] + [0.0]
@@ -87,33 +80,27 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
 # ------------------------------------------------------------------------------------------------
 # From a network to images.
 
-def generator(net, method, steps, segmented=False, sampler=None, **condition):
-    """The sampler for what `net` was trained as -> (noise [B, C, H, W] -> x, evaluations).
+def generate(net, method, steps, z, sampler=None, segmented=False, **condition):
+    """Noise z [B, C, H, W] -> x, by what suits how `net` was trained: diffusion, mct, mcd or ect.
 
-    method: diffusion, mct, mcd or ect; sampler: ddim, addim or heun, for a diffusion model.
+    sampler: ddim, addim or heun, for a diffusion model; segmented: ECT in segments; condition: what
+    else the network is to be given, as labels.
     """
-    denoise = functools.partial(net, **condition)
-    inner = ect.default_edges(steps).tolist()[::-1]
-    if sampler == "heun":
-        return lambda z: heun(denoise, z, steps), 2 * steps - 1
-    if sampler == "addim":
-        return lambda z: addim(mcm.as_f(denoise), z, steps), steps
+    if method == "diffusion" and sampler == "heun":
+        return heun(mcm.told(net, **condition), z, steps).float()
     if method == "diffusion":
-        return lambda z: ddim(mcm.as_f(denoise), z, steps), steps
-    if method in ("mct", "mcd"):
-        return lambda z: multistep(mcm.as_f(denoise, steps=steps), z, steps), steps
+        return (addim if sampler == "addim" else ddim)(mcm.as_f(net, **condition), z, steps)
+    if method != "ect":
+        return multistep(mcm.as_f(net, steps=steps, **condition), z, steps)
+    edges = ect.default_edges(steps).tolist()[::-1]
     if segmented:
-        times = [mcm.SIGMA_MAX, *inner, 0.0]
-        edges = ect.default_edges(steps).to(next(net.parameters()).device)
-        f = mcm.as_f(ect.told_segment(denoise, edges), mcm.edm)
-        return lambda z: multistep(f, mcm.SIGMA_MAX * z, times, mcm.edm), steps
-
-    def consistency(z):  # the further noise is a function of the first, so that results repeat
-        g = torch.Generator(z.device).manual_seed(int(z.double().abs().sum() * 1e6))
-        noise = torch.randn(steps, *z.shape, generator=g, device=z.device)
-        sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else inner)]
-        return renoise(ect.told_segment(denoise), z, sigmas, noise)
-    return consistency, steps
+        f = mcm.as_f(net, mcm.edm, steps, **condition)
+        return multistep(f, mcm.SIGMA_MAX * z, [mcm.SIGMA_MAX, *edges, 0.0], mcm.edm)
+    # The further noise is a function of the first, so that results repeat.
+    g = torch.Generator(z.device).manual_seed(int(z.double().abs().sum() * 1e6))
+    noise = torch.randn(steps, *z.shape, generator=g, device=z.device)
+    sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else edges)]
+    return renoise(mcm.told(net, 1, **condition), z, sigmas, noise).float()
 
 def to_uint8(x):
     """[-1, 1] -> 0 .. 255, to the nearest: the inverse of v / 127.5 - 1 on all 256 levels."""
@@ -125,16 +112,14 @@ def save_grid(x, path, columns, labels=()):
     from torchvision.utils import make_grid
     grid = make_grid(to_uint8(x.cpu()), columns, pad_value=255).permute(1, 2, 0)
     picture = Image.fromarray(grid.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
-    margin = 90 if labels else 0
-    canvas = Image.new("RGB", (picture.width + margin, picture.height), "white")
-    canvas.paste(picture, (margin, 0))
+    canvas = Image.new("RGB", (picture.width + 90 * bool(labels), picture.height), "white")
+    canvas.paste(picture, (canvas.width - picture.width, 0))
     for i, label in enumerate(labels):
         y = (i + 0.4) * picture.height / len(labels)
         ImageDraw.Draw(canvas).text((6, y), label, fill="black")
     canvas.save(path, format="PNG")
 
 def main(arguments=None):
-    import fid
     from train_cifar import load_checkpoint, number, write
     parser = fid.Parser(prog="sample.py", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="latest.pt or diffusion.pt of a run")
@@ -142,37 +127,42 @@ def main(arguments=None):
     parser.add_argument("--n", type=number(int, 1, 10**7), default=64, help="how many")
     parser.add_argument("--out", default="samples.png", help="a .png grid, or .npz (arr_0, NHWC)")
     parser.add_argument("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")
+    parser.add_argument("--class-label", type=number(int, 0, 10**6), help="default: all in turn")
     parser.add_argument("--batch", type=number(int, 1, 10**6), default=250)
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    out = Path(args.out)
+    out, label = Path(args.out), args.class_label
     if out.suffix not in (".png", ".npz") or not out.parent.is_dir():
         parser.error(f"--out {out}: give a .png or .npz in a folder that exists")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; leave it out")
     net, state = load_checkpoint(args.checkpoint, args.device)
-    method, trained = state["method"], state["config"]["steps"]
-    segmented = state["config"]["segmented"]
-    steps = args.steps or (18 if method == "diffusion" else trained[-1])
+    method, config, classes = state["method"], state["config"], net.arguments["classes"]
+    segmented = config["segmented"]
+    steps = args.steps or (18 if method == "diffusion" else config["steps"][-1])
     if args.sampler and method != "diffusion":
         parser.error(f"--sampler is for diffusion models, this one is tuned by {method}")
-    if not (method == "diffusion" or method == "ect" and not segmented or steps in trained):
-        parser.error(f"--steps {steps}: {args.checkpoint} was trained for {trained}")
-    sampler = args.sampler or ("heun" if method == "diffusion" else None)
-    generate, nfe = generator(net, method, steps, segmented, sampler)
-    side = net.arguments["resolution"]
+    if not (method == "diffusion" or method == "ect" and not segmented or steps in config["steps"]):
+        parser.error(f"--steps {steps}: {args.checkpoint} was trained for {config['steps']}")
+    if label is not None and label >= classes:
+        parser.error(f"--class-label {label}: {args.checkpoint} knows {classes} classes")
+    side, parts = net.arguments["resolution"], []
     z = torch.randn(args.n, 3, side, side, generator=torch.Generator().manual_seed(args.seed))
-    x = torch.cat([generate(part.to(args.device)).float().cpu() for part in z.split(args.batch)])
+    index = torch.full((args.n,), label) if label is not None else torch.arange(args.n) % max(
+        classes, 1)
+    for noise, c in zip(z.split(args.batch), index.split(args.batch)):
+        labels = F.one_hot(c, classes).float().to(args.device) if classes else None
+        parts.append(generate(net, method, steps, noise.to(args.device), args.sampler or "heun",
+                              segmented, labels=labels).cpu())
+    x = torch.cat(parts)
     if out.suffix == ".npz":
         images = to_uint8(x).permute(0, 2, 3, 1).numpy()
         write(out, lambda path: np.savez(path, arr_0=images))
     else:
         write(out, lambda path: save_grid(x, path, math.ceil(args.n**0.5)))
-    print(f"{out}: {args.n} samples of {state['data']} by {method}, {steps} steps, "
-          f"{nfe} evaluations")
+    print(f"{out}: {args.n} samples of {state['data']} by {method} in {steps} steps")
 
 if __name__ == "__main__":
-    import fid
     fid.run(main)

@@ -1,25 +1,26 @@
 """Train a few-step generator, from nothing to a table, in one command on a GPU or a laptop.
 
-    python train_cifar.py --steps 2                      # all of it, 11 minutes on two CPU cores
+    python train_cifar.py --steps 2                      # all of it, 10 minutes on two CPU cores
     python train_cifar.py --steps 1 2 4 8                # one network, the whole dial
     torchrun --nproc_per_node=8 train_cifar.py --steps 2
 
-In reading order: Config (every setting, once), UNet (EDM's DDPM++), data, load_edm (EDM's published
-weights, opened safely), the step (what is drawn, which loss), train, report; plumbing comes last.
+In reading order: settings, UNet (EDM's DDPM++), data, load_edm (EDM's published weights, opened
+safely), the step (what is drawn, which loss, which update), report; plumbing comes last.
 """
 import argparse
+import contextlib
 import copy
 import fcntl
 import io
 import json
-import math
 import operator
 import os
+import resource
 import signal
 import sys
 import time
 import types
-from dataclasses import asdict, dataclass, field, fields, replace
+import warnings
 from pathlib import Path
 from pickletools import genops, markobject
 
@@ -34,75 +35,71 @@ import mcm
 import sample
 from fid import UserError
 
-# ------------------------------------------------------------------------------------------------
-# Settings.
+# ---- Settings ----------------------------------------------------------------------------------
 
-HOUR = ect.RECIPES["hour"]
-
-def opt(default, help, low=None, high=None, kind=None, **more):
-    kind = kind or type(default)
-    return field(default=default, metadata=dict(help=help, kind=kind, range=(low, high), more=more))
-
-@dataclass
-class Config:
-    """Every setting, once. None means: by device, see PRESETS."""
-    steps: tuple = opt((2,), "sampling steps to tune for; several: one network for all",
-                       1, 64, int, nargs="+")
-    method: str = opt("mct", "consistency training, distillation, or Easy Consistency Tuning",
-                      choices=("mct", "mcd", "ect"))
-    data: str = opt("auto", "auto (CIFAR-10, else shapes), cifar10, shapes, an image folder, .npz")
-    init: str = opt(
-        "auto", "start from: edm (a GPU's default), a .pkl of EDM or ECT, our .pt; or none")
-    out: str = opt("", "run folder, runs/DATA-METHOD-STEPS if empty")
-    device: str = opt("auto", "where to run", choices=("auto", "cuda", "cpu"))
-    seed: int = opt(0, "of all randomness", 0, 2**31)
-    iters: int = opt(None, "tuning iterations", 1, 10**9, int)
-    pretrain_iters: int = opt(None, "diffusion iterations, without --init", 1, 10**9, int)
-    batch: int = opt(None, "images per iteration, over all processes", 1, 10**6, int)
-    lr: float = opt(None, "tuning learning rate, falls linearly to 0", 0, 1, float)
-    pretrain_lr: float = opt(None, "diffusion learning rate, the same", 0, 1, float)
-    ema: float = opt(None, "decay of the averaged weights, the ones sampled", 0, 1, float)
-    dropout: float = opt(None, "one mask for both passes of a step", 0, 0.99, float)
-    width: int = opt(None, "U-Net channels", 8, 1024, int)
-    mult: tuple = opt(None, "channel multiplier at each resolution", 1, 16, int, nargs="+")
-    blocks: int = opt(None, "U-Net blocks per resolution", 1, 16, int)
-    attention: tuple = opt(
-        None, "resolutions with attention, beside the lowest", 1, 4096, int, nargs="*")
-    patch: int = opt(None, "space-to-depth before the U-Net", 1, 16, int)
-    T: tuple = opt(None, "teacher steps, first and last", 1, 10**6, float, nargs=2)
-    huber_eps: float = opt(None, "1e-4: a norm (long runs); 1: squared (short)", 0, 1e6, float)
-    q: float = opt(None, "ECT: how fast r approaches t", 1.001, 1e6, float)
-    double_every: int = opt(None, "ECT: iterations per stage; 0: one stage", 0, 10**9, int)
-    ect_c: float = opt(None, "ECT: c of the pseudo-Huber norm of an image", 0, 1e6, float)
-    segmented: bool = opt(False, "ECT: one consistency function per step, not one in all")
-    precision: str = opt(None, "of the network", choices=("fp16", "tf32", "bf16", "fp32"))
-    compile: bool = opt(None, "torch.compile the step", kind=bool)
-    accum: int = opt(1, "parts to split a batch into that does not fit in memory", 1, 10**4)
-    features: str = opt("random", "of the Frechet distance: inception, random, TorchScript file")
-    fd_samples: int = opt(None, "samples for the Frechet distance", 2, 10**7, int)
-    many: int = opt(18, "Heun steps of the diffusion model at its best", 2, 10**4)
-    save_every: int = opt(None, "iterations between checkpoints", 1, 10**9, int)
-    log_every: int = opt(100, "iterations between log lines", 1, 10**9)
-
+NETS = {  # arguments of UNet; a laptop's works on 2x2 patches
+    "small": dict(width=32, mult=[1, 2, 2], blocks=1, attention=[], patch=2),
+    "edm": dict(width=128, mult=[2, 2, 2], blocks=4, attention=[16], patch=1)}
 PRESETS = {
-    # A laptop: a small U-Net on 2x2 patches. Squared error and few teacher steps, because errors
-    # accumulate along the chain of references and a short run cannot wash them out.
+    # A laptop: squared error and few teacher steps, because errors accumulate along the chain of
+    # references and a short run cannot wash them out.
     "cpu": dict(iters=1500, pretrain_iters=3200, batch=32, lr=2e-3, pretrain_lr=2e-3, ema=0.995,
-                dropout=0.0, width=32, mult=(1, 2, 2), blocks=1, attention=(), patch=2, T=(8, 64),
-                huber_eps=1.0, q=2.0, double_every=250, ect_c=50.0, precision="fp32", compile=False,
-                fd_samples=1000, save_every=500),
-    # ECT's hour for every method; ect.RECIPES has the long one, to be given by --iters, --q, ...
-    "cuda": dict(iters=HOUR.iterations, pretrain_iters=100_000, batch=HOUR.batch, lr=HOUR.lr,
-                 pretrain_lr=5e-4, ema=HOUR.ema, dropout=HOUR.dropout, width=128, mult=(2, 2, 2),
-                 blocks=4, attention=(16,), patch=1, q=HOUR.q, double_every=HOUR.double_every,
-                 ect_c=0.0,
-                 T=(64, 1280), huber_eps=1e-4, precision="fp16", compile=True, fd_samples=50_000,
-                 save_every=1000),
-}
+                dropout=0.0, net="small", T=[8, 64], huber_eps=1.0, q=2.0, double_every=250,
+                ect_c=50.0, precision="fp32", compile=False, fd_samples=1000, save_every=500),
+    # ECT's hour for every method; the long one, ect.RECIPES["long"], by --iters, --q, ...
+    "cuda": dict(ect.RECIPES["hour"], pretrain_iters=100_000, pretrain_lr=5e-4, net="edm",
+                 T=[64, 1280], huber_eps=1e-4, ect_c=0.0, precision="fp16", compile=True,
+                 fd_samples=50_000, save_every=1000)}
 
-# ------------------------------------------------------------------------------------------------
-# The network: DDPM++ as EDM ships it, so that the published weights load by key. shared names:
-# {resolution}x{resolution}_{block}. Comments give the shapes of the full network.
+def settings(device):
+    """The command line: every setting, once; --help shows the defaults of this machine."""
+    parser = fid.Parser("train_cifar.py", description=__doc__.split("\n")[0],
+                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def add(name, help, default=None, low=None, high=None, **more):
+        if low is not None:
+            more["type"] = number(more.get("type", type(high)), low, high)
+        parser.add_argument("--" + name, help=help, default=default, **more)
+    switch = dict(action=argparse.BooleanOptionalAction)
+    add("steps", "sampling steps to tune for; several: one network for all", [2], 1, 64, nargs="+")
+    add("method", "consistency training, distillation, or Easy Consistency Tuning", "mct",
+        choices=("mct", "mcd", "ect"))
+    add("data", "auto (CIFAR-10, else shapes), cifar10, shapes, an image folder or .npz", "auto")
+    add("classes", "give the network the class labels", False, **switch)
+    add("guidance", "mcd: the teacher's guidance weight, needs --classes", 0.0, 0, 100.0)
+    add("init", "start from: edm (a GPU's default), a .pkl of EDM or ECT, our .pt; or none", "auto")
+    add("out", "run folder; runs/DATA-METHOD-STEPS if empty", "")
+    add("device", "where to run", device, choices=("cuda", "cpu"))
+    add("seed", "of all randomness", 0, 0, 2**31)
+    add("iters", "tuning iterations", None, 1, 10**9)
+    add("pretrain-iters", "diffusion iterations, where --init gives no model", None, 1, 10**9)
+    add("batch", "images per iteration, over all processes", None, 1, 10**6)
+    add("lr", "tuning learning rate, falls linearly to 0", None, 0, 1.0)
+    add("pretrain-lr", "diffusion learning rate, the same", None, 0, 1.0)
+    add("ema", "decay of the averaged weights, the ones sampled", None, 0, 1.0)
+    add("dropout", "one mask for both passes of a step", None, 0, 0.99)
+    add("net", "small, or EDM's DDPM++", choices=tuple(NETS))
+    add("width", "channels of the network, if not its own", type=int,
+        choices=(16, 32, 64, 96, 128, 192, 256))
+    add("T", "teacher steps, first and last", None, 1, 1e6, nargs=2)
+    add("huber-eps", "1e-4: a norm, for long runs; 1: squared error", None, 0, 1e6)
+    add("q", "ect: r approaches t by this factor from stage to stage", None, 1.001, 1e6)
+    add("double-every", "ect: iterations per stage; 0: one stage", None, 0, 10**9)
+    add("ect-c", "ect: c of the pseudo-Huber norm of an image", None, 0, 1e6)
+    add("segmented", "ect: a consistency function for each step, not one in all", False, **switch)
+    add("precision", "of the network", choices=("fp16", "tf32", "bf16", "fp32"))
+    add("compile", "torch.compile the step", **switch)
+    add("accum", "parts to split a batch into that does not fit in memory", 1, 1, 10**4)
+    add("features", "of the distance: inception, random, or a TorchScript file", "random")
+    add("fd-samples", "samples for the distance", None, 2, 10**7)
+    add("many", "Heun steps that show the diffusion model at its best", 18, 2, 10**4)
+    add("save-every", "iterations between checkpoints", None, 1, 10**9)
+    add("log-every", "iterations between log lines", 100, 1, 10**9)
+    add("profile", "measure the tuning step and stop", False, **switch)
+    parser.set_defaults(**PRESETS[device])
+    return parser
+
+# ---- The network: DDPM++ as EDM ships it, so that the published weights load by key -------------
 
 def hash32(h):
     """An integer hash on int64 tensors that hold 32-bit values (products stay below 2^63)."""
@@ -126,16 +123,12 @@ class Conv(nn.Conv2d):
 
     def __init__(self, c_in, c_out, kernel, resample=None):
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
-        self.resample = resample
+        self.resample = {"down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}.get(resample)
         if resample:  # never used; a key of the published weights
             self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
 
     def forward(self, x):
-        if self.resample == "down":
-            x = F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return super().forward(x)
+        return super().forward(self.resample(x) if self.resample else x)
 
 def norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
@@ -143,18 +136,14 @@ def norm(channels):
 class Block(nn.Module):
     def __init__(self, c_in, c_out, c_emb, p=0.0, layer=0, resample=None, attention=False):
         super().__init__()
-        self.p, self.layer = p, layer
-        self.norm0 = norm(c_in)
-        self.conv0 = Conv(c_in, c_out, 3, resample)
+        self.p, self.layer, self.attention = p, layer, attention
+        self.norm0, self.conv0 = norm(c_in), Conv(c_in, c_out, 3, resample)
         self.affine = nn.Linear(c_emb, c_out)
-        self.norm1 = norm(c_out)
-        self.conv1 = Conv(c_out, c_out, 3)
+        self.norm1, self.conv1 = norm(c_out), Conv(c_out, c_out, 3)
         self.skip = Conv(c_in, c_out, 1, resample) if resample or c_in != c_out else None
         if attention:
-            self.norm2 = norm(c_out)
-            self.qkv = Conv(c_out, 3 * c_out, 1)
+            self.norm2, self.qkv = norm(c_out), Conv(c_out, 3 * c_out, 1)
             self.proj = Conv(c_out, c_out, 1)
-        self.attention = attention
 
     def forward(self, x, emb, seed):
         h = self.conv0(F.silu(self.norm0(x)))
@@ -163,58 +152,53 @@ class Block(nn.Module):
             h = dropout(h, self.p, seed, self.layer)
         x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * 0.5**0.5
         if self.attention:
-            B, C, H, W = x.shape
-            qkv = self.qkv(self.norm2(x)).reshape(B, 1, C, 3, H * W).transpose(2, 4)
-            q, k, v = qkv.contiguous().unbind(3)                                  # [B, 1, HW, C]
-            a = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
-            x = (self.proj(a) + x) * 0.5**0.5
+            qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))   # [B, 1, C, 3, HW]
+            a = F.scaled_dot_product_attention(*qkv.permute(3, 0, 1, 4, 2).contiguous())
+            x = (self.proj(a.mT.reshape(x.shape)) + x) * 0.5**0.5
         return x
 
 class DDPMpp(nn.Module):
-    """The raw network F(c_in x, c_noise, labels, augment labels, segment)."""
+    """The raw network F(c_in x, c_noise, ...). Names of its blocks: {side}x{side}_{block}."""
 
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, classes=0, augment_dim=0, dropout=0.0,
                  resolution=32, patch=1, segments=0, attention=(16,)):
         super().__init__()
-        self.patch = patch
-        c_emb = 4 * width
+        self.patch, c_emb = patch, 4 * width
         freqs = torch.arange(width // 2, dtype=torch.float32) / (width // 2 - 1)
         self.register_buffer("freqs", (1 / 10000) ** freqs, persistent=False)
         self.map_label = nn.Linear(classes, width) if classes else None
         self.map_augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
         self.map_layer0 = nn.Linear(width, c_emb)
         self.map_layer1 = nn.Linear(c_emb, c_emb)
-        # Ours: which (N, segment) a time lies in. Zero at first, so a loaded model is unchanged.
-        self.map_segment = nn.Embedding(segments, c_emb) if segments else None
+        self.map_segment = nn.Embedding(segments, c_emb) if segments else None  # ours; mcm.segment
         layers = iter(range(1000))
 
         def block(c_in, c_out, **kw):
             return Block(c_in, c_out, c_emb, dropout, next(layers), **kw)
-        sizes = [f"{size}x{size}" for size in (resolution // patch >> i for i in range(len(mult)))]
-        attends = [size in [f"{a}x{a}" for a in attention] for size in sizes]
-        c, skips = width, [width]
-        self.enc = nn.ModuleDict({f"{sizes[0]}_conv": Conv(3 * patch**2, width, 3)})
-        for i, (size, m) in enumerate(zip(sizes, mult)):
-            if i > 0:
-                self.enc[f"{size}_down"] = block(c, c, resample="down")
+        levels = [(resolution // patch >> i, width * m) for i, m in enumerate(mult)]
+        c, skips, side = width, [width], resolution // patch
+        self.enc = nn.ModuleDict({f"{side}x{side}_conv": Conv(3 * patch**2, width, 3)})
+        for side, c_out in levels:
+            if len(skips) > 1:
+                self.enc[f"{side}x{side}_down"] = block(c, c, resample="down")
                 skips.append(c)
             for j in range(blocks):
-                self.enc[f"{size}_block{j}"] = block(c, width * m, attention=attends[i])
-                c = width * m
+                self.enc[f"{side}x{side}_block{j}"] = block(c, c_out, attention=side in attention)
+                c = c_out
                 skips.append(c)
-        self.dec = nn.ModuleDict({f"{sizes[-1]}_in0": block(c, c, attention=True),
-                                  f"{sizes[-1]}_in1": block(c, c)})
-        for i, (size, m) in reversed(list(enumerate(zip(sizes, mult)))):
-            if i < len(mult) - 1:
-                self.dec[f"{size}_up"] = block(c, c, resample="up")
+        self.dec = nn.ModuleDict({f"{side}x{side}_in0": block(c, c, attention=True),
+                                  f"{side}x{side}_in1": block(c, c)})
+        for side, c_out in levels[::-1]:
+            if side != levels[-1][0]:
+                self.dec[f"{side}x{side}_up"] = block(c, c, resample="up")
             for j in range(blocks + 1):
-                self.dec[f"{size}_block{j}"] = block(c + skips.pop(), width * m,
-                                                     attention=attends[i] and j == blocks)
-                c = width * m
-        self.dec[f"{sizes[0]}_aux_norm"] = norm(c)
-        self.dec[f"{sizes[0]}_aux_conv"] = Conv(c, 3 * patch**2, 3)
+                last = side in attention and j == blocks
+                self.dec[f"{side}x{side}_block{j}"] = block(c + skips.pop(), c_out, attention=last)
+                c = c_out
+        self.dec[f"{side}x{side}_aux_norm"] = norm(c)
+        self.dec[f"{side}x{side}_aux_conv"] = Conv(c, 3 * patch**2, 3)
         for name, p in self.named_parameters():  # as EDM: the ends of residual branches near zero
-            if "map_segment" in name or name.endswith("bias"):
+            if "map_segment" in name or name.endswith("bias"):  # a loaded model is unchanged
                 nn.init.zeros_(p)
             elif p.ndim > 1:
                 last = name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight"))
@@ -224,53 +208,43 @@ class DDPMpp(nn.Module):
         angle = c_noise[:, None].float() * self.freqs
         emb = torch.cat([angle.sin(), angle.cos()], 1)
         if self.map_label is not None:  # no labels: the zero vector, which still adds the bias
-            if labels is None:
-                labels = emb.new_zeros(1, self.map_label.in_features)
+            labels = emb.new_zeros(1, self.map_label.in_features) if labels is None else labels
             emb = emb + self.map_label(labels * self.map_label.in_features**0.5)
-        if self.map_augment is not None and augment is not None:
+        if augment is not None:
             emb = emb + self.map_augment(augment)
-        emb = F.silu(self.map_layer0(emb))
-        emb = self.map_layer1(emb)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if segment is not None:
             emb = emb + self.map_segment(segment)
-        emb = F.silu(emb)
-        x = F.pixel_unshuffle(x, self.patch)
-        skips = []
+        emb, x, skips = F.silu(emb), F.pixel_unshuffle(x, self.patch), []
         for name, layer in self.enc.items():
             x = layer(x) if name.endswith("conv") else layer(x, emb, seed)
             skips.append(x)
         for name, layer in self.dec.items():
-            if name.endswith("aux_norm"):
-                x = F.silu(layer(x))
-            elif name.endswith("aux_conv"):
-                x = layer(x)
-            else:
-                x = layer(torch.cat([x, skips.pop()], 1) if "block" in name else x, emb, seed)
+            x = torch.cat([x, skips.pop()], 1) if "block" in name else x
+            x = layer(x) if "aux" in name else layer(x, emb, seed)
+            x = F.silu(x) if "aux_norm" in name else x
         return F.pixel_shuffle(x, self.patch)
 
 class UNet(nn.Module):
-    """D(x, sigma) under EDM's preconditioning, sigma_data = 0.5; the same in train and eval.
+    """D(x, sigma) under EDM's preconditioning, sigma_data = 0.5; the same in train and eval."""
 
-    arguments: those of DDPMpp.
-    """
-
-    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, **more):
+    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, **more):  # more: see DDPMpp
         super().__init__()
-        self.arguments = dict(more, width=width, mult=mult, blocks=blocks)
+        self.arguments = {"classes": 0, "resolution": 32, **more,
+                          "width": width, "mult": mult, "blocks": blocks}
         self.model = DDPMpp(**self.arguments)
         self.half = None  # the autocast dtype of the raw network
 
     def forward(self, x, sigma, labels=None, augment=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
 
-        labels: one-hot float [B, classes]; segment: int64 [B], rows of mcm.segment; seed: int64 [B]
-        in [0, 2^32), of the dropout masks: give a fresh one each step, default zeros.
+        labels: one-hot float [B, classes], zeros for none; segment: int64 [B], of mcm.segment;
+        seed: int64 [B] in [0, 2^32), of the dropout masks: fresh ones each step, default zeros.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
         sigma = sigma.expand(len(x))
-        if seed is None:
-            seed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        seed = torch.zeros(len(x), dtype=torch.int64, device=x.device) if seed is None else seed
         s = sigma.view(-1, 1, 1, 1)
         scale = (s**2 + 0.25).rsqrt()
         # Autocast inside: each pass has its own weight cache, and the no-grad pass can't poison it.
@@ -289,19 +263,17 @@ class UNet(nn.Module):
         self.load_state_dict(state, strict=False)
         return self
 
-# ------------------------------------------------------------------------------------------------
-# Data: one uint8 tensor [n, 3, H, W], labels [n], and a name that follows the run everywhere.
+# ---- Data: uint8 images [n, 3, H, W], labels [n], and a name that follows the run everywhere -----
 
-SHAPES = ("disc", "square", "triangle")
+SHAPES = ["disc", "square", "triangle"]
 PAINTS = ((230, 40, 50), (40, 170, 70), (40, 90, 220), (240, 200, 40), (170, 60, 190))
 
-def shapes(n=20_000, size=32, seed=0):
+def shapes(n=20_000, size=32):
     """The stand-in when nothing can be downloaded: a shape in one of five colours on a soft grey
     background. A small network learns it in minutes, and noise, blur and wrong colours all show."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     ramp = (torch.arange(size) + 0.5) / size * 2 - 1
-    labels = torch.arange(n) % len(SHAPES)
-    images = []
+    labels, images = torch.arange(n) % len(SHAPES), []
     for label in labels.split(1000):
         r, dx, dy, light, slope = torch.rand(5, len(label), 1, 1, generator=g)
         r = 0.4 + 0.2 * r                                                    # in half image widths
@@ -313,40 +285,27 @@ def shapes(n=20_000, size=32, seed=0):
         edge = edge[label, torch.arange(len(label))]
         inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]                # soft by one pixel
         ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp.view(1, -1, 1)
-        paint = torch.randint(len(PAINTS), (len(label),), generator=g)
-        paint = torch.tensor(PAINTS)[paint][:, :, None, None]
-        images.append((inside * paint + (1 - inside) * ground[:, None]).round().byte())
-    return torch.cat(images), labels
-
-@dataclass
-class Data:
-    name: str
-    images: torch.Tensor
-    labels: torch.Tensor
-    classes: list
+        paint = torch.tensor(PAINTS)[torch.randint(len(PAINTS), (len(label),), generator=g)]
+        images.append(inside * paint[:, :, None, None] + (1 - inside) * ground[:, None])
+    return torch.cat(images).round().byte(), labels, SHAPES
 
 def load_data(spec):
-    """--data -> Data; square images whose side the U-Net can halve."""
+    """--data -> .name, .images, .labels, .classes; square images whose side a U-Net can halve."""
     if spec == "auto":
         try:
             return load_data("cifar10")
         except UserError as error:
             say(f"{error}\n*** NO CIFAR-10: THE BUILT-IN SHAPES STAND IN FOR IT, SEE --data ***")
-            return load_data("shapes")
-    if spec == "shapes":
-        return Data(spec, *shapes(), SHAPES)
-    if spec == "cifar10":
-        return Data(spec, *fid.read_cifar10())
-    data = Data(Path(spec).resolve().stem, * \
-                (fid.read_npz if spec.endswith(".npz") else fid.read_folder)(spec))
-    height, width = data.images.shape[2:]
-    if height != width or height % 16 or len(data.images) < 8:
-        raise UserError(f"--data {spec}: {len(data.images)} images of {width}x{height}; give at "
-                        "least 8, square, with a side that 16 divides")
-    return data
+            spec = "shapes"
+    images, labels, classes = shapes() if spec == "shapes" else fid.read(spec)
+    n, _, height, width = images.shape
+    if height != width or height % 16 or n < 8:
+        raise UserError(f"--data {spec}: {n} images of {width}x{height}; give at least 8, square, "
+                        "with a side that 16 divides")
+    return types.SimpleNamespace(name=Path(spec).resolve().stem, images=images, labels=labels,
+                                 classes=classes or [*range(labels.max() + 1)] * bool(labels.any()))
 
-# ------------------------------------------------------------------------------------------------
-# EDM's published weights (CC BY-NC-SA 4.0), opened safely.
+# ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
 
 EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
        "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da")
@@ -450,136 +409,196 @@ def load_edm(path):
             raise UserError(f"{path}: not a network of EDM or ECT that fits ours (download it "
                             f"again or give another --init): {error!r:.300}") from error
 
-# ------------------------------------------------------------------------------------------------
-# One step: what is drawn, and which loss. Randomness is a function of (seed, phase, step).
+
+# ---- One step: what is drawn, which loss, which update -------------------------------------------
+
+PHASES = ("pretrain", "tune")
 
 def draw(run, phase, step):
-    """The random part of a step, for the whole batch of all processes: a dict of tensors [B, ...].
+    """The random part of a step, a function of (seed, phase, step) alone: a dict of [B, ...].
 
-    Every process draws all of it and keeps its part, so a run does not depend on their number.
+    Every process draws the whole batch and keeps its part: a run does not depend on their number.
     """
-    c, data, device = run.config, run.data, run.device
+    c, device, images = run.c, run.device, run.data.images
     words = np.random.SeedSequence([c.seed, PHASES.index(phase), step]).generate_state(1, np.uint64)
     on = dict(generator=torch.Generator(device).manual_seed(int(words[0]) >> 1), device=device)
-    index = torch.randint(len(data.images), (c.batch,), **on)
-    b = {"x": data.images[index], "eps": torch.randn(c.batch, *data.images.shape[1:], **on),
+    index = torch.randint(len(images), (c.batch,), **on)
+    b = {"x": images[index], "eps": torch.randn(c.batch, *images.shape[1:], **on),
          "seed": torch.randint(2**32, (c.batch,), **on)}
+    if run.classes:  # one in ten is trained without its label, for guidance
+        kept = torch.rand(c.batch, 1, **on) > 0.1
+        b["labels"] = F.one_hot(run.data.labels[index], run.classes) * kept.float()
     if phase == "pretrain":
         b["t"] = torch.rand(c.batch, **on)
     elif c.method == "ect":
         b["t"] = ect.draw_t(c.batch, **on)
     else:
-        b["N"] = torch.tensor(c.steps, device=device)[torch.randint(len(c.steps), (c.batch,), **on)]
+        b["N"] = run.steps[torch.randint(len(c.steps), (c.batch,), **on)]
         T = mcm.teacher_steps(step, *c.T, anneal=c.iters / 2)
         b["t"], b["s"], b["t_step"] = mcm.draw_times(c.batch, b["N"], T, **on)
     return b
 
-def step_loss(net, teacher, c, phase, b, stage):
-    """[B] from the tensors of `draw`. All that runs on the device; it compiles as one graph."""
-    x = b["x"].float() / 127.5 - 1
+def step_loss(net, teacher, c, phase, stage, edges, x, eps, seed, t, N=None, s=None, t_step=None,
+              **labels):
+    """[B] from what `draw` drew. All of it runs on the device and compiles as one graph."""
+    x = x.float() / 127.5 - 1
     if phase == "pretrain":  # the limit T = N: every s is on an edge, so the target is the data
-        alpha, sigma = mcm.at(mcm.cosine, b["t"], x)
-        z_t = alpha * x + sigma * b["eps"]
-        x_hat = mcm.as_f(net, seed=b["seed"])(z_t, b["t"])
-        return mcm.v_loss(x_hat, x, z_t, b["t"], huber_eps=1.0)
+        alpha, sigma = mcm.at(mcm.cosine, t, x)
+        z_t = alpha * x + sigma * eps
+        return mcm.v_loss(mcm.as_f(net, seed=seed, **labels)(z_t, t), x, z_t, t, huber_eps=1.0)
     if c.method == "ect":
-        edges = ect.default_edges(c.steps[0]).to(x.device) if c.segmented else None
-        denoise = ect.told_segment(net, edges, seed=b["seed"])
-        return ect.ect_loss(denoise, x, b["eps"], b["t"], stage, q=c.q, c=c.ect_c, edges=edges)
-    f = mcm.as_f(net, steps=b["N"], seed=b["seed"])
-    return mcm.consistency_loss(f, x, b["eps"], b["t"], b["s"], b["t_step"], huber_eps=c.huber_eps,
-                                teacher=mcm.as_f(teacher) if c.method == "mcd" else None)
+        denoise = mcm.told(net, c.steps[0] if c.segmented else 1, seed=seed, **labels)
+        return ect.ect_loss(denoise, x, eps, t, stage, q=c.q, c=c.ect_c, edges=edges)
+    leads = mcm.as_f(teacher, **labels) if c.method == "mcd" else None
+    if c.guidance:
+        leads = mcm.guided(leads, mcm.as_f(teacher), c.guidance)
+    f = mcm.as_f(net, steps=N, seed=seed, **labels)
+    return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=leads, huber_eps=c.huber_eps)
 
 def rectification(step, beta=0.999):
-    """RAdam's factor on Adam's step (Liu et al. 1908.03265), a function of the step alone.
+    """RAdam is Adam times this factor (Liu et al. 1908.03265), a function of the step alone.
 
-    With it torch's fused Adam is RAdam but for its first five steps (momentum SGD there, none
-    here), and unlike RAdam it skips an fp16 overflow without asking the host.
+    torch's fused Adam skips an fp16 overflow by itself; its RAdam would ask the host each time. The
+    one difference: RAdam's first five steps are momentum SGD, ours are nothing.
     """
     limit = 2 / (1 - beta) - 1
-    rho = limit - 2 * step * beta**step / (1 - beta**step)
-    if rho <= 5:
-        return 0.0
-    return ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
+    rho = max(5.0, limit - 2 * step / (beta**-step - 1))
+    return ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5 * (rho > 5)
 
-def train(run, net, phase, teacher=None):
-    """Train `net` in a phase ("pretrain" or "tune") -> its averaged copy, which is the result."""
-    c = run.config
-    iterations, lr = {"pretrain": (c.pretrain_iters, c.pretrain_lr), "tune": (c.iters, c.lr)}[phase]
-    net.train().requires_grad_(True).to(memory_format=torch.channels_last)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    params, averages = list(net.parameters()), list(ema.parameters())
-    optimizer = torch.optim.Adam(params, fused=True)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=c.precision == "fp16")
-    loss_of = torch.compile(step_loss, fullgraph=True) if c.compile else step_loss
-    parts = dict(net=net, ema=ema, optimizer=optimizer, scaler=scaler)
-    for step in range(run.restore(phase, parts), iterations):
-        optimizer.param_groups[0]["lr"] = lr * rectification(step + 1) * (1 - step / iterations)
-        stage = torch.tensor(ect.stage(step, c.double_every), device=run.device)
-        batch, losses = draw(run, phase, step), []
-        for i in range(run.rank, c.accum * run.world, run.world):
-            part = {key: value.chunk(c.accum * run.world)[i] for key, value in batch.items()}
-            losses.append(loss_of(net, teacher, c, phase, part, stage))
-            scaler.scale(losses[-1].mean() / (c.accum * run.world)).backward()
-        run.add_over_processes([p.grad for p in params if p.grad is not None])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        with torch.no_grad():  # a short memory first, so that the average forgets the start
-            torch._foreach_lerp_(averages, params, 1 - min(c.ema, (1 + step) / (10 + step)))
-        run.tick(phase, step + 1, iterations, torch.cat(losses).detach().clone(), parts)
-    return ema
+class Trainer:
+    """A network in training, its average, its optimizer, the fp16 loss scale."""
+    def __init__(self, run, net, phase, teacher=None):
+        self.run, self.phase, self.teacher, c = run, phase, teacher, run.c
+        self.iters, self.lr = {"pretrain": (c.pretrain_iters, c.pretrain_lr),
+                               "tune": (c.iters, c.lr)}[phase]
+        self.net = net.train().requires_grad_(True).to(memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self.params, self.averages = list(net.parameters()), list(self.ema.parameters())
+        self.optimizer = torch.optim.Adam(self.params, fused=True)
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=c.precision == "fp16")
+        self.edges = ect.default_edges(c.steps[0]).to(run.device) if c.segmented else None
+        mode = "reduce-overhead" if c.accum == 1 else None  # CUDA graphs, on a GPU
+        self.loss = torch.compile(step_loss, fullgraph=True, mode=mode, disable=not c.compile)
 
-# ------------------------------------------------------------------------------------------------
-# What the tuning bought: one table, one picture.
+    def gradients(self, batch, step):
+        """Adds up gradients, over parts and processes -> losses [this process's images]."""
+        c, run, parts, losses = self.run.c, self.run, self.run.c.accum * self.run.world, []
+        stage = torch.full((), ect.stage(step, c.double_every), device=run.device)
+        for i in range(run.rank, parts, run.world):
+            part = {key: value.chunk(parts)[i] for key, value in batch.items()}
+            loss = self.loss(self.net, self.teacher, c, self.phase, stage, self.edges, **part)
+            self.scaler.scale(loss.mean() / parts).backward()
+            losses.append(loss.detach().clone())
+        if run.world > 1:
+            grads = [p.grad for p in self.params if p.grad is not None]
+            flat = nn.utils.parameters_to_vector(grads)
+            torch.distributed.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat, grads)
+        return torch.cat(losses)
+
+    def update(self, step):
+        """Optimizer and average, whose memory is short at first, so that it forgets the start."""
+        rate = self.lr * rectification(step + 1) * (1 - step / self.iters)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            decay = min(self.run.c.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.averages, self.params, 1 - decay)
+
+    def train(self):
+        """-> the averaged network."""
+        for step in range(self.run.restore(self), self.iters):
+            losses = self.gradients(draw(self.run, self.phase, step), step)
+            self.update(step)
+            self.run.tick(self, step + 1, losses)
+        return self.ema
+
+# ---- What the tuning bought, and what a step costs -----------------------------------------------
 
 def report(run, extractor, diffusion, tuned):
     """The diffusion model at N steps and at many, the tuned one at N: a table and a picture."""
-    c, n = run.config, run.config.fd_samples
+    c, n, rows = run.c, run.c.fd_samples, []
     real, floor, floor_n = fid.reference(run.data.images, extractor, n)
     metric = fid.metric_name(extractor.name, n)
 
-    def sampler(model, N, kind=None):
+    def samples(model, N, sampler, first, last):
         net, method = (tuned, c.method) if model == "tuned" else (diffusion, "diffusion")
-        generate, nfe = sample.generator(net, method, N, c.segmented, kind)
-        return generate, dict(model=model, method=method, steps=N, nfe=nfe)
-    many = ("diffusion", c.many, "heun")  # the diffusion model at its best
+        return sample.generate(net, method, N, sampler=sampler, segmented=c.segmented,
+                               **run.noise(first, last))
     say(f"\n{run.data.name}, {c.method}: {metric} against {len(run.data.images)} images; two sets "
         f"of {floor_n} real images are {floor:.4f} apart\n"
         f"{'model':<10} {'steps':>5} {'evaluations':>11} {'distance':>10} {'images/s':>9}")
-    rows = []
-    for choice in [*((model, N) for model in ("diffusion", "tuned") for N in c.steps), many]:
-        generate, row = sampler(*choice)
-        start = time.time()
-        noise = (run.noise(i, min(500, n - i)) for i in range(0, n, 500))
-        made = fid.evaluate((sample.to_uint8(generate(z)) for z in noise), extractor)
-        row["images_per_second"] = n / (time.time() - start)
-        row["distance"] = fid.frechet_distance(made.mean, made.cov, real.mean, real.cov)
-        rows.append(dict(row, metric=metric, features=extractor.name, n=n, floor=floor))
-        say(f"{row['model']:<10} {row['steps']:>5} {row['nfe']:>11} {row['distance']:>10.4f} "
-            f"{row['images_per_second']:>9.0f}")
+    many = ("diffusion", c.many, "heun")  # at its best
+    for row in [*((model, N, "ddim") for model in ("diffusion", "tuned") for N in c.steps), many]:
+        (model, N, sampler), start = row, time.time()
+        made = fid.evaluate((sample.to_uint8(samples(*row, i, min(i + 500, n)))
+                             for i in range(0, n, 500)), extractor)
+        rows.append(dict(
+            model=model, method=c.method if model == "tuned" else "diffusion", steps=N,
+            nfe=2 * N - 1 if sampler == "heun" else N, metric=metric, features=extractor.name, n=n,
+            distance=fid.frechet_distance(made.mean, made.cov, real.mean, real.cov), floor=floor,
+            images_per_second=n / (time.time() - start)))
+        say("{model:<10} {steps:>5} {nfe:>11} {distance:>10.4f} {images_per_second:>9.0f}".format(
+            **rows[-1]))
     own, now, best = (rows[i]["distance"] for i in (0, len(c.steps), -1))
     closed = f"{(own - now) / (own - best):.0%}" if own > best else "nothing, there was none,"
     say(f"tuning closed {closed} of the gap between {c.steps[0]} steps of the diffusion model and "
         f"its {rows[-1]['nfe']} evaluations; pictures: {run.out}/dial.png")
     write(run.out / "result.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
-    dial = [sampler("tuned" if N in c.steps else "diffusion", N) for N in (1, 2, 4, 8)]
-    dial.append(sampler(*many))
-    pictures = torch.cat([generate(run.noise(0, 10)) for generate, _ in dial])
-    labels = [f"{row['model']} {row['nfe']}" for _, row in dial]
+    dial = [("tuned" if N in c.steps else "diffusion", N, "ddim") for N in (1, 2, 4, 8)] + [many]
+    pictures = torch.cat([samples(*row, 0, 10) for row in dial])
+    labels = [f"{model} {N}" for model, N, _ in dial[:4]] + [f"diffusion {rows[-1]['nfe']}"]
     write(run.out / "dial.png", lambda path: sample.save_grid(pictures, path, 10, labels))
 
-# ------------------------------------------------------------------------------------------------
-# Plumbing: the run's folder, checkpoints, processes, arguments. Nothing below is about the method.
+def profile(trainer, steps=20):
+    """--profile: speed, arithmetic, memory and interruptions of a tuning step on this machine."""
+    from torch.utils.flop_counter import FlopCounterMode
+    run, c, batch, cuda = trainer.run, trainer.run.c, {}, trainer.run.device.type == "cuda"
+    parts = {"draw": lambda i: batch.update(draw(run, "tune", i)),
+             "forward and backward": lambda i: trainer.gradients(batch, i),
+             "optimizer and average": trainer.update}
+    spent = dict.fromkeys(parts, 0.0)
+    with warnings.catch_warnings(record=True) as syncs:
+        for i in range(-5, steps):  # the first five compile and warm up
+            if i == 0 and cuda:  # from here on, torch warns of each operation that waits
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+            for name, part in parts.items():
+                start = time.perf_counter()
+                part(max(i, 0))
+                torch.cuda.synchronize() if cuda else None
+                spent[name] += (time.perf_counter() - start) / steps * (i >= 0)
+    some = {key: value[:4] for key, value in batch.items()}
+    given = trainer.net, trainer.teacher, c, "tune", torch.tensor(0), trainer.edges
+    with FlopCounterMode(display=False) as flops:
+        step_loss(*given, **some).sum().backward()
+    flop, speed = flops.get_total_flops() / 4, c.batch / run.world / sum(spent.values())
+    peak = (torch.cuda.max_memory_allocated() if cuda
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    say(f"{speed:.0f} images/s, {flop / 1e9:.3f} GFLOP each, {flop * speed / 1e12:.3f} TFLOP/s, "
+        f"peak {peak / 2**30:.2f} GiB, {len(syncs)} host synchronisations in {steps} steps, "
+        f"{torch._dynamo.explain(step_loss)(*given, **some).graph_break_count} graph breaks;",
+        ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in spent.items()))
 
-PHASES = ("pretrain", "tune")
+# ---- Plumbing: folder, checkpoints, processes, arguments. Nothing below is about the method ------
+
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FREE = ("out", "data", "init", "device", "iters", "features", "fd_samples", "many", "precision",
-        "compile", "accum", "save_every", "log_every")  # what may change when a run goes on
+        "compile", "accum", "save_every", "log_every", "profile")  # may change when a run goes on
 
 def say(*words):
     if os.environ.get("RANK", "0") == "0":
         print(*words, flush=True)
+
+def number(kind, low, high):
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+    return parse
 
 def write(path, save):
     """The one way a file comes to be: save(a temporary path), flushed to the disk, then renamed."""
@@ -594,246 +613,193 @@ def write(path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
-def load_checkpoint(path, device="cpu", **changes):
-    """A checkpoint of ours -> (its averaged network, all of it); changes: constructor arguments."""
-    try:
+def load_checkpoint(path, device="cpu"):
+    """A checkpoint of ours -> (its averaged network, all of it)."""
+    with fid.blame(f"{path} is missing, damaged or no checkpoint of ours: give another"):
         state = torch.load(path, map_location=device, weights_only=True)
-        net = UNet(**{**state["arguments"], **changes}).to(device)
-        return net.load(state["ema"], path).eval(), state
-    except UserError:
-        raise
-    except Exception as error:  # torch.load fails in too many ways to name, all with one remedy
-        raise UserError(f"{path} is missing, damaged or not a checkpoint of train_cifar.py "
-                        f"({type(error).__name__}): give another, or delete it") from None
+        return UNet(**state["arguments"]).to(device).load(state["ema"], path).eval(), state
 
-def load_diffusion(path, device):
-    """What --init names: EDM's published network, a pickle of EDM or ECT, or one of ours."""
+def load_init(path, device, side, classes):
+    """What --init names, a diffusion model for such images: of EDM, of ECT, or ours."""
     if path == "edm":
         path = str(fid.fetch(*EDM))
         say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what is made of them")
     if path.endswith(".pkl"):
-        state, arguments = load_edm(path)
-        say(f"--init: {path} is a network of EDM or ECT, {arguments}")
-        return UNet(**arguments).load(state, path).to(device), "diffusion"
-    try:
-        net, state = load_checkpoint(path, device)
-    except UserError as error:
-        raise UserError(f"--init: {error}") from None
-    say(f"--init: {path} is a {state['method']} model of {state['data']}, by train_cifar.py")
-    return net, state["method"]
+        (state, arguments), kind = load_edm(path), "diffusion model of EDM or ECT"
+        net = UNet(**arguments).load(state, path).to(device)
+    else:
+        with fid.blame("--init"):
+            net, state = load_checkpoint(path, device)
+        kind = f"{state['method']} model of ours"
+    its, asked = (net.arguments["resolution"], net.arguments["classes"]), (side, classes)
+    say(f"--init: {path} is a {kind}, {its[0]} pixels, {its[1]} classes")
+    if not kind.startswith("diffusion") or its != asked:
+        raise UserError(f"--init {path} is a {kind} for (pixels, classes) {its}: give a diffusion "
+                        f"model for {asked}, as diffusion.pt of a run")
+    return net
 
 class Run:
-    """A run: its settings, data, device and folder, and this process's place among the others."""
-
-    def __init__(self, config, data, device, saved):
-        self.config, self.data, self.device, self.saved = config, data, device, saved
+    """A run: settings, data, device, folder, and this process's place among the others."""
+    def __init__(self, c, data, device, saved):
+        self.c, self.data, self.device, self.saved = c, data, device, saved
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.out, self.stop = Path(config.out), 0
+        self.out, self.stop, self.log = Path(c.out), 0, saved.get("log", [])
+        self.classes = len(data.classes) if c.classes else 0
+        self.steps = torch.tensor(c.steps, device=device)
 
-    def noise(self, start, n):
-        """Noise of samples start .. start + n - 1, the same in every table and picture."""
-        g = torch.Generator(self.device).manual_seed(2**40 * (self.config.seed + 1) + start)
-        return torch.randn(n, *self.data.images.shape[1:], generator=g, device=self.device)
+    def noise(self, first, last):
+        """z and labels of samples first .. last - 1, the same in every table and picture."""
+        g = torch.Generator(self.device).manual_seed(2**40 * (self.c.seed + 1) + first)
+        shape = last - first, *self.data.images.shape[1:]
+        given = {"z": torch.randn(shape, generator=g, device=self.device)}
+        if self.classes:
+            index = torch.arange(first, last, device=self.device) % self.classes
+            given["labels"] = F.one_hot(index, self.classes).float()
+        return given
 
-    def add_over_processes(self, tensors):
-        """Sum in place over processes, in one message."""
-        if self.world > 1:
-            flat = torch.cat([t.flatten() for t in tensors])
-            torch.distributed.all_reduce(flat)
-            for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-                t.copy_(part.view_as(t))
-
-    def restore(self, phase, parts):
+    def restore(self, trainer):
         """Take up latest.pt if it is of this phase -> iterations done."""
-        state = self.saved if self.saved.get("phase") == phase else {"step": 0, "recent": []}
-        if state["step"]:
-            say(f"{phase}: going on from iteration {state['step']}")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        self.recent, self.first, self.start = list(state["recent"]), state["step"], time.time()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        state = self.saved if self.saved.get("phase") == trainer.phase else {"step": 0}
+        for name in ("net", "ema", "optimizer", "scaler") if state["step"] else ():
+            getattr(trainer, name).load_state_dict(state[name])
+        say(f"{trainer.phase}: {trainer.iters} iterations, {state['step']} of them done")
+        self.recent, self.first, self.start = state.get("recent", []), state["step"], time.time()
+        for number in (signal.SIGINT, signal.SIGTERM) if self.world == 1 else ():
             signal.signal(number, lambda number, frame: setattr(self, "stop", number))
         return self.first
 
-    def tick(self, phase, step, iterations, losses, parts):
+    def tick(self, trainer, step, losses):
         """After each step: log, save, stop. The host waits for the device here and nowhere else."""
-        c, last = self.config, step == iterations
+        c, phase, last = self.c, trainer.phase, step == trainer.iters
         self.recent.append(losses)
         logs, saves = (last or step % every == 0 for every in (c.log_every, c.save_every))
-        stop = self.stop if self.world == 1 else 0
-        if self.world > 1 and (logs or saves):  # all stop at the same step
-            flag = torch.tensor(self.stop, device=self.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            stop = int(flag)
-        if not (logs or saves or stop):
+        if not (logs or saves or self.stop):
             return
-        recent = torch.stack(self.recent).cpu()                                     # [steps, B]
-        if not recent.isfinite().all():
-            i, j = (~recent.isfinite()).nonzero()[0].tolist()
+        recent = torch.stack(self.recent).cpu()                                      # [steps, B]
+        for i, j in (~recent.isfinite()).nonzero().tolist()[:1]:
             at = step - len(recent) + i
-            times = {k: v[j].item() for k, v in draw(self, phase, at).items() if k in ("t", "s")}
-            sys.exit(f"error: loss {recent[i, j]} in {phase} iteration {at}, sample {j}, {times}; "
+            drawn = {k: v[j].item() for k, v in draw(self, phase, at).items() if v.ndim == 1}
+            sys.exit(f"error: loss {recent[i, j]} in {phase} iteration {at}, sample {j}, {drawn}; "
                      "the last checkpoint is kept: try a smaller --lr, or --precision fp32")
-        if logs and self.rank == 0:
-            self.log(phase, step, iterations, recent.mean().item(),
-                     parts["optimizer"], parts["scaler"])
-        self.recent = [] if logs else self.recent
-        if (saves or stop) and self.rank == 0:
-            self.save("latest.pt", phase, parts["ema"], step=step, recent=self.recent,
-                      **{name: part.state_dict() for name, part in parts.items() if name != "ema"})
+        if logs:
+            speed = (step - self.first) * c.batch / (time.time() - self.start)
+            left = int((trainer.iters - step) * c.batch / speed)
+            skipped = step - int(next(iter(trainer.optimizer.state.values()))["step"])  # overflows
+            self.log.append(dict(phase=phase, step=step, loss=recent.mean().item(),
+                                 images_per_second=speed, skipped=skipped))
+            self.recent = []
+            say(f"{phase} {step}  loss {self.log[-1]['loss']:.5f}  {speed:.0f} images/s  "
+                f"{left // 60}:{left % 60:02} left  {f'{skipped} skipped' * bool(skipped)}")
+            if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < 1:
+                sys.exit(f"error: fp16 overflows at every loss scale, {skipped} steps were skipped;"
+                         " the last checkpoint is kept: try --precision bf16")
+        if self.rank == 0:
+            lines = "".join(json.dumps(row) + "\n" for row in self.log)
+            write(self.out / "metrics.jsonl", lambda path: path.write_text(lines))
+        if (saves or self.stop) and self.rank == 0:
+            self.save("latest.pt", trainer.ema, phase, step=step, recent=self.recent, log=self.log,
+                      **{name: getattr(trainer, name).state_dict()
+                         for name in ("net", "optimizer", "scaler")})
             N, method = (c.many, "diffusion") if phase == "pretrain" else (c.steps[-1], c.method)
-            images = sample.generator(parts["ema"], method, N, c.segmented)[0](self.noise(0, 32))
+            x = sample.generate(trainer.ema, method, N, sampler="heun", segmented=c.segmented,
+                                **self.noise(0, 32))
             write(self.out / f"samples-{phase}-{step:06d}.png",
-                  lambda path: sample.save_grid(images, path, 8))
+                  lambda path: sample.save_grid(x, path, 8))
+        if self.stop:
+            say(f"stopped at {phase} iteration {step} and saved; the same command goes on")
+            sys.exit(128 + self.stop)
         if last:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if stop:
-            say(f"stopped at {phase} iteration {step} and saved; the same command goes on")
-            sys.exit(128 + stop)
 
-    def log(self, phase, step, iterations, loss, optimizer, scaler):
-        speed = (step - self.first) * self.config.batch / (time.time() - self.start)
-        left = (iterations - step) * self.config.batch / speed
-        skipped = step - int(next(iter(optimizer.state.values()))["step"])  # fp16 overflows
-        say(f"{phase} {step}/{iterations}  loss {loss:.5f}  {speed:.0f} images/s  "
-            f"{left // 60:.0f}:{left % 60:02.0f} left{f'  {skipped} skipped' * bool(skipped)}")
-        row = dict(phase=phase, step=step, loss=loss, images_per_second=speed, skipped=skipped)
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if scaler.is_enabled() and scaler.get_scale() < 1:
-            sys.exit(f"error: fp16 overflows at every loss scale, {skipped} steps were skipped; "
-                     "the last checkpoint is kept: try --precision bf16")
-
-    def save(self, name, phase, ema, **more):
-        method = "diffusion" if phase == "pretrain" else self.config.method
+    def save(self, name, ema, phase, **more):
+        method = "diffusion" if phase == "pretrain" else self.c.method
         state = dict(ema=ema.state_dict(), arguments=ema.arguments, method=method, phase=phase,
-                     data=self.data.name, config=asdict(self.config), **more)
+                     schedule="edm" if method == "ect" else "cosine", data=self.data.name,
+                     config=vars(self.c), **more)
         write(self.out / name, lambda path: torch.save(state, path))
 
-def diffusion_model(run, init):
-    """The diffusion model to tune: this run's own, else that of --init, else one trained here."""
-    c, own = run.config, run.out / "diffusion.pt"
+def diffusion_model(run, net):
+    """The diffusion model to tune: this run's own, else what --init gave, else one trained here."""
+    c, own = run.c, run.out / "diffusion.pt"
     if own.exists():
         net = load_checkpoint(own, run.device)[0]
-    elif init:
-        net = init
-    else:
+    elif not net:
         torch.manual_seed(c.seed)
-        net = UNet(width=c.width, mult=c.mult, blocks=c.blocks, dropout=c.dropout, patch=c.patch,
-                   resolution=run.data.images.shape[-1], attention=c.attention).to(run.device)
+        net = UNet(**{**NETS[c.net], "width": c.width or NETS[c.net]["width"]}, dropout=c.dropout,
+                   classes=run.classes, resolution=run.data.images.shape[-1]).to(run.device)
         net.half = HALF.get(c.precision)
-        net = train(run, net, "pretrain")
+        net = Trainer(run, net, "pretrain").train()
     if run.rank == 0 and not own.exists():
-        run.save("diffusion.pt", "pretrain", net)
+        run.save("diffusion.pt", net, "pretrain")
     net.half = HALF.get(c.precision)
     return net.requires_grad_(False).to(memory_format=torch.channels_last)
 
-def open_folder(c, given, data, device):
-    """Make --out ours alone -> the settings of the run, its latest checkpoint (or {}), the lock."""
-    out = Path(c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}")
+def open_folder(out):
+    """Make --out ours alone -> its latest checkpoint (or {}), the lock (the system drops it)."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a")
-    except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be written ({error.strerror}): choose another") from None
-    try:
         if os.environ.get("RANK", "0") == "0":
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when we end
-    except OSError:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: wait, or choose another") from None
-    for stale in out.glob(".part-*") if os.environ.get("RANK", "0") == "0" else ():
-        stale.unlink()  # of a run that was killed while it wrote
-    c = replace(c, out=str(out))
-    if not (out / "latest.pt").exists():
-        return c, {}, lock
-    saved = load_checkpoint(out / "latest.pt", device)[1]
-    kept = {k: v for k, v in saved["config"].items() if k not in FREE}
-    asked = {**{k: v for k, v in given.items() if k in kept}, "data": data.name}
-    for key, value in {**kept, "data": saved["data"]}.items():
-        if asked.get(key, value) != value:
-            raise UserError(f"--{key.replace('_', '-')}: {out} was begun with {value}, not "
-                            f"{asked[key]}: leave that as it was, or choose another --out")
-    now, log = (PHASES.index(saved["phase"]), saved["step"]), out / "metrics.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    rows = [row for row in rows if (PHASES.index(row["phase"]), row["step"]) <= now]
-    if os.environ.get("RANK", "0") == "0":  # what came after the checkpoint will come again
-        write(log, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
-    return replace(c, **kept), saved, lock
-
-def number(kind, low, high):
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-        return value
-    return parse
-
-def parse(arguments):
-    """The command line -> a dict of the settings given there and no others."""
-    parser = fid.Parser(prog="train_cifar.py", description=__doc__.split("\n")[0])
-    for f in fields(Config):
-        kind, limits, help, more = (f.metadata[k] for k in ("kind", "range", "help", "more"))
-        if kind is bool:
-            more = {"action": argparse.BooleanOptionalAction}
-        elif limits[0] is not None:
-            more = {**more, "type": number(kind, *limits)}
-        default = f.default if f.default is not None else "{} on a CPU, {} on a GPU".format(
-            *(PRESETS[name][f.name] for name in ("cpu", "cuda")))
-        parser.add_argument("--" + f.name.replace("_", "-"),
-                            help=f"{help} (default: {default})", **more)
-    return {key: tuple(value) if isinstance(value, list) else value
-            for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error}): choose another") from None
+    latest = out / "latest.pt"
+    return (load_checkpoint(latest)[1] if latest.exists() else {}), lock
 
 def main(arguments=None):
-    given = parse(arguments)
-    name = given.get("device", "auto")
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    c = Config(**{**PRESETS[name], **given})
+    parser = settings("cuda" if torch.cuda.is_available() else "cpu")
+    c = parser.parse_args(arguments)
+    parser.set_defaults(**PRESETS[c.device])
+    c = parser.parse_args(arguments)
+    if c.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; use --device cpu")
     if c.segmented and (c.method != "ect" or len(c.steps) > 1):
-        raise UserError("--segmented needs --method ect and a single --steps")
+        parser.error("--segmented needs --method ect and a single --steps")
+    if c.guidance and not (c.classes and c.method == "mcd"):
+        parser.error("--guidance needs --classes and --method mcd")
     if c.batch % (c.accum * int(os.environ.get("WORLD_SIZE", 1))):
-        raise UserError(f"--batch {c.batch} cannot be split evenly over --accum {c.accum} and the "
-                        "processes: make it a multiple")
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-    try:
-        UNet(width=c.width, mult=c.mult, blocks=c.blocks,
-             patch=c.patch)(torch.zeros(1, 3, 32, 32), 1.0)
-    except (ValueError, RuntimeError, ZeroDivisionError, IndexError):
-        raise UserError(f"--width {c.width}, --mult {c.mult} and --patch {c.patch} make no U-Net: "
-                        "take widths of 16, 32, 64, 128 and patches of 1, 2, 4") from None
-    extractor = fid.feature_extractor(c.features, device)
-    data, init = load_data(c.data), None
-    size = data.images.shape[-1]
-    if c.init == "auto" and name == "cuda" and size == 32:
+        parser.error(f"--batch {c.batch} cannot be split evenly over --accum {c.accum} and the "
+                     "processes: make it a multiple")
+    on = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else "cpu"
+    device = torch.device(on)
+    extractor, data = fid.feature_extractor(c.features, device), load_data(c.data)
+    side, classes = data.images.shape[-1], len(data.classes) if c.classes else 0
+    if c.classes and not classes:
+        parser.error(f"--classes: {c.data} has none: give a folder of folders, or leave it out")
+    if c.init == "auto" and c.device == "cuda" and (side, classes) == (32, 0):
         try:
             fid.fetch(*EDM)
             c.init = "edm"
         except UserError as error:
             say(f"{error}\nNo EDM weights: a diffusion model is trained first")
-    if c.init not in ("auto", "none"):
-        init, method = load_diffusion(c.init, device)
-        if method != "diffusion" or init.arguments["resolution"] != size:
-            raise UserError(f"--init {c.init} is a {method} model, {init.arguments['resolution']} "
-                            f"pixels wide: give the diffusion.pt of a run with {size}")
-    c, saved, lock = open_folder(c, given, data, device)
+    init = None if c.init in ("auto", "none") else load_init(c.init, device, side, classes)
+    c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
+    saved, lock = open_folder(Path(c.out))
+    frozen = {k: v for k, v in saved.get("config", {}).items() if k not in FREE}
+    parser.set_defaults(**frozen)  # what is not given now is as it was
+    now = dict(vars(parser.parse_args(arguments)), data=data.name)
+    for key, was in {**frozen, "data": saved.get("data", data.name)}.items():
+        if now[key] != was:
+            parser.error(f"--{key.replace('_', '-')}: {c.out} was begun with {was}, not "
+                         f"{now[key]}: leave that as it was, or choose another --out")
+    vars(c).update(frozen)
     if "RANK" in os.environ:
-        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if c.device == "cuda" else "gloo")
     torch.set_float32_matmul_precision("highest" if c.precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
-    data.images = data.images.to(device)
+    data.images, data.labels = data.images.to(device), data.labels.to(device)
     run = Run(c, data, device, saved)
     diffusion = diffusion_model(run, init)
-    N = max(c.steps)
-    net = UNet(**{**diffusion.arguments, "dropout": c.dropout, "segments": N * (N + 1) // 2})
+    net = UNet(**{**diffusion.arguments, "dropout": c.dropout,
+                  "segments": max(c.steps) * (max(c.steps) + 1) // 2})
     net.to(device).load(diffusion.state_dict(), "diffusion.pt").half = diffusion.half
-    tuned = train(run, net, "tune", diffusion)
+    trainer = Trainer(run, net, "tune", diffusion)
+    if c.profile:
+        return profile(trainer)
+    tuned = trainer.train()
     if run.rank == 0:
         report(run, extractor, diffusion, tuned)
 
