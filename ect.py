@@ -12,8 +12,7 @@ the two papers combined.
 
     python ect.py        # r(t) by stage, and the toy of mcm.py tuned to 1 and 2 steps; 30 s
 """
-import argparse
-import copy
+import argparse, copy
 
 import torch
 

@@ -18,16 +18,13 @@ Everything is computed per sample, nothing but draw_times is random, the loss co
     python mcm.py                  # the dial in one dimension: a table and mcm.png; 80 s
     python mcm.py --method mcd     # the same by distillation
 """
-import argparse
-import copy
-import math
+import argparse, copy, math
 from pathlib import Path
 
 import torch
 from torch import nn
 
-# ------------------------------------------------------------------------------------------------
-# Schedules, any t -> (alpha, sigma). A network sees only sigma / alpha, over EDM's range.
+# ---- Schedules, any t -> (alpha, sigma). A network sees only sigma / alpha, over EDM's range -----
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 ANGLE_0, ANGLE_1 = math.atan(SIGMA_MIN), math.atan(SIGMA_MAX)
@@ -93,8 +90,7 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     missing = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * x_var
     return alpha_s * x + (sigma_s**2 + missing / power).sqrt() * eps_hat
 
-# ------------------------------------------------------------------------------------------------
-# Times and segments.
+# ---- Times and segments --------------------------------------------------------------------------
 
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i): steps that the path is cut into at iteration i, from start to end, log-linearly.
@@ -146,7 +142,6 @@ def as_f(denoise, schedule=cosine, steps=None, **condition):
     steps (N, or int64 [B]) and condition: see `told`.
     """
     D = told(denoise, steps, **condition)
-
     def f(z, t):
         alpha, sigma = at(schedule, t, z)
         return D(z / alpha, (sigma / alpha).flatten())
@@ -159,8 +154,7 @@ def guided(f, f_uncond, weight):
         return x + weight * (x - x_uncond), x
     return teacher
 
-# ------------------------------------------------------------------------------------------------
-# The loss.
+# ---- The loss ------------------------------------------------------------------------------------
 
 def pseudo_huber(square, eps):
     """sqrt(square + eps^2) - eps, without cancellation and with slope 0 at 0, also for eps = 0.
@@ -216,8 +210,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     target = consistency_target(f if f_ref is None else f_ref, z_s, z_t, t, s, t_step, schedule)
     return v_loss(f(z_t, t), target, z_t, t, schedule, huber_eps)
 
-# ------------------------------------------------------------------------------------------------
-# The dial in one dimension, as in Figure 1: everything above, used as train_cifar.py uses it.
+# ---- The dial in one dimension, as in Figure 1: everything above, used as train_cifar.py uses it -
 
 WEIGHTS, MEANS, STD = torch.tensor([0.3, 0.5, 0.2]), torch.tensor([-1.2, 0.2, 1.3]), 0.1
 
@@ -235,14 +228,12 @@ def exact_denoise(x, sigma):
 class ToyDenoiser(nn.Module):
     """An MLP under EDM's preconditioning (sigma_data = 1), told its segment by an embedding that is
     zero at first, so that a diffusion model stays itself until it is tuned."""
-
     def __init__(self, width=64, segments=36):
         super().__init__()
         self.embed = nn.Linear(22, width)
         self.segment = nn.Embedding(segments, width, _weight=torch.zeros(segments, width))
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                   nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
-
     def forward(self, x, sigma, segment=None):
         sigma = sigma[:, None]
         scale = (sigma**2 + 1).rsqrt()
@@ -273,7 +264,6 @@ def toy(diffusion=None, steps=None, teacher=None, told=True):
     """
     torch.manual_seed(0)
     net = copy.deepcopy(diffusion) if diffusion else ToyDenoiser()
-
     def loss_of(x, eps, i, g):
         if diffusion:
             N = torch.tensor(steps)[torch.randint(len(steps), (len(x),), generator=g)]
@@ -325,7 +315,6 @@ def main(arguments=None, n=100_000):
     diffusion, exact, steps = toy(), as_f(exact_denoise), (1, 2, 4, 8)
     teacher = as_f(diffusion) if args.method == "mcd" else None
     one, untold = toy(diffusion, steps, teacher), toy(diffusion, [2], teacher, told=False)
-
     def score(f, N):
         return f"{distance(jumps(f, z, N)[-1], truth):15.4f}"
     print(f"Wasserstein-1 distance to {n} draws of the truth; of {n} others: "

@@ -19,9 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import ect
-import fid
-import mcm
+import ect, fid, mcm
 
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine, move=mcm.ddim):
@@ -77,8 +75,7 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
         x = x + (s - t) * slope
     return x
 
-# ------------------------------------------------------------------------------------------------
-# From a network to images.
+# ---- From a network to images --------------------------------------------------------------------
 
 def generate(net, method, steps, z, sampler=None, segmented=False, **condition):
     """Noise z [B, C, H, W] -> x, by what suits how `net` was trained: diffusion, mct, mcd or ect.

@@ -7,19 +7,7 @@
 In reading order: settings, UNet (EDM's DDPM++), data, load_edm (EDM's published weights, opened
 safely), the step (what is drawn, which loss, which update), report; plumbing comes last.
 """
-import argparse
-import contextlib
-import copy
-import fcntl
-import io
-import json
-import operator
-import os
-import resource
-import signal
-import sys
-import time
-import types
+import argparse, contextlib, copy, fcntl, io, json, operator, os, resource, signal, sys, time, types
 import warnings
 from pathlib import Path
 from pickletools import genops, markobject
@@ -29,10 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import ect
-import fid
-import mcm
-import sample
+import ect, fid, mcm, sample
 from fid import UserError
 
 # ---- Settings ----------------------------------------------------------------------------------
@@ -55,7 +40,6 @@ def settings(device):
     """The command line: every setting, once; --help shows the defaults of this machine."""
     parser = fid.Parser("train_cifar.py", description=__doc__.split("\n")[0],
                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
     def add(name, help, default=None, low=None, high=None, **more):
         if low is not None:
             more["type"] = number(more.get("type", type(high)), low, high)
@@ -120,13 +104,11 @@ def dropout(x, p, seed, layer):
 
 class Conv(nn.Conv2d):
     """A convolution that EDM may fuse with 2x2 resampling: box average down, repeat up."""
-
     def __init__(self, c_in, c_out, kernel, resample=None):
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         self.resample = {"down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}.get(resample)
         if resample:  # never used; a key of the published weights
             self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
-
     def forward(self, x):
         return super().forward(self.resample(x) if self.resample else x)
 
@@ -144,7 +126,6 @@ class Block(nn.Module):
         if attention:
             self.norm2, self.qkv = norm(c_out), Conv(c_out, 3 * c_out, 1)
             self.proj = Conv(c_out, c_out, 1)
-
     def forward(self, x, emb, seed):
         h = self.conv0(F.silu(self.norm0(x)))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
@@ -159,7 +140,6 @@ class Block(nn.Module):
 
 class DDPMpp(nn.Module):
     """The raw network F(c_in x, c_noise, ...). Names of its blocks: {side}x{side}_{block}."""
-
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, classes=0, augment_dim=0, dropout=0.0,
                  resolution=32, patch=1, segments=0, attention=(16,)):
         super().__init__()
@@ -203,7 +183,6 @@ class DDPMpp(nn.Module):
             elif p.ndim > 1:
                 last = name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight"))
                 nn.init.xavier_uniform_(p, 1e-5 if last else 0.2**0.5 if "qkv" in name else 1)
-
     def forward(self, x, c_noise, labels=None, augment=None, segment=None, seed=None):
         angle = c_noise[:, None].float() * self.freqs
         emb = torch.cat([angle.sin(), angle.cos()], 1)
@@ -227,14 +206,12 @@ class DDPMpp(nn.Module):
 
 class UNet(nn.Module):
     """D(x, sigma) under EDM's preconditioning, sigma_data = 0.5; the same in train and eval."""
-
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, **more):  # more: see DDPMpp
         super().__init__()
         self.arguments = {"classes": 0, "resolution": 32, **more,
                           "width": width, "mult": mult, "blocks": blocks}
         self.model = DDPMpp(**self.arguments)
         self.half = None  # the autocast dtype of the raw network
-
     def forward(self, x, sigma, labels=None, augment=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
 
@@ -251,7 +228,6 @@ class UNet(nn.Module):
         with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
             out = self.model(x * scale, sigma.log() / 4, labels, augment, segment, seed)
         return 0.25 * scale**2 * x + 0.5 * s * scale * out.float()
-
     def load(self, state, name):
         """Load `state` by key; only the segment embedding may be missing. Returns self."""
         own = self.state_dict()
@@ -327,12 +303,10 @@ FIXED = dict(embedding_type="positional", resample_filter=[1, 1], sigma_data=0.5
 
 class EDMReader:
     left = 850 << 20  # bytes, each opcode counting 4,000; EDM's CIFAR-10 network takes 730 MB
-
     def spend(self, size):  # so time and memory end, whatever a file claims, shares or nests
         self.left -= 4000 + size
         if self.left < 0:
             raise ValueError("larger than any published network")
-
     def run(self, stream):
         stack, marks, memo = [], [], {}
         for opcode, arg, _ in genops(stream):
@@ -353,20 +327,17 @@ class EDMReader:
             elif op not in ("PROTO", "FRAME", "POP"):
                 stack.append(PUSHES[op](arg, *taken))
         return stack[-1]
-
     def floats(self, payload):
         stream = io.BytesIO(payload)  # torch.save's of old: five pickles, the data's length, data
         for _ in range(5):  # `stubs` has no storage but FloatStorage
             self.run(stream)
         return memoryview(payload)[stream.tell() + 8:]
-
     def tensor(self, data, offset, size, stride):
         self.spend(memoryview(data).nbytes)
         weight = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(size[:9])
         if [offset, stride] != [0, [*weight.stride()]]:
             raise ValueError("a weight is not the whole of its storage in order")
         return weight
-
     stubs = {
         "torch_utils.persistence _reconstruct_persistent_obj,torch._utils _rebuild_parameter,"
         "torch FloatStorage,numpy.core.multiarray scalar,numpy._core.multiarray scalar,"
@@ -374,7 +345,6 @@ class EDMReader:
         "collections OrderedDict,torch.nn.modules.container ModuleDict": lambda self: {},
         "torch.storage _load_from_bytes": floats, "torch._utils _rebuild_tensor_v2": tensor}
     stubs = {name: stub for names, stub in stubs.items() for name in names.split(",")}
-
     def weights(self, module, prefix=""):
         for kind in ("_parameters", "_buffers", "_modules"):  # the order of torch's state_dict
             for name, value in module["state"][kind].items():
@@ -383,7 +353,6 @@ class EDMReader:
                     yield from self.weights(value, prefix + name + ".")
                 elif type(value) is torch.Tensor:
                     yield prefix + name, value
-
     def network(self, stream):  # arguments not looked at show in the weights' names or shapes
         ema = self.run(stream)["ema"]
         given = ema["state"]["_modules"]["model"]["state"]["_init_kwargs"]
@@ -479,7 +448,6 @@ class Trainer:
         self.edges = ect.default_edges(c.steps[0]).to(run.device) if c.segmented else None
         mode = "reduce-overhead" if c.accum == 1 else None  # CUDA graphs, on a GPU
         self.loss = torch.compile(step_loss, fullgraph=True, mode=mode, disable=not c.compile)
-
     def gradients(self, batch, step):
         """Adds up gradients, over parts and processes -> losses [this process's images]."""
         c, run, parts, losses = self.run.c, self.run, self.run.c.accum * self.run.world, []
@@ -491,11 +459,11 @@ class Trainer:
             losses.append(loss.detach().clone())
         if run.world > 1:
             grads = [p.grad for p in self.params if p.grad is not None]
-            flat = nn.utils.parameters_to_vector(grads)
+            flat = torch.cat([g.flatten() for g in grads])
             torch.distributed.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat, grads)
+            for g, summed in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(summed.view_as(g))
         return torch.cat(losses)
-
     def update(self, step):
         """Optimizer and average, whose memory is short at first, so that it forgets the start."""
         rate = self.lr * rectification(step + 1) * (1 - step / self.iters)
@@ -506,7 +474,6 @@ class Trainer:
         with torch.no_grad():
             decay = min(self.run.c.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.averages, self.params, 1 - decay)
-
     def train(self):
         """-> the averaged network."""
         for step in range(self.run.restore(self), self.iters):
@@ -522,7 +489,6 @@ def report(run, extractor, diffusion, tuned):
     c, n, rows = run.c, run.c.fd_samples, []
     real, floor, floor_n = fid.reference(run.data.images, extractor, n)
     metric = fid.metric_name(extractor.name, n)
-
     def samples(model, N, sampler, first, last):
         net, method = (tuned, c.method) if model == "tuned" else (diffusion, "diffusion")
         return sample.generate(net, method, N, sampler=sampler, segmented=c.segmented,
@@ -585,7 +551,7 @@ def profile(trainer, steps=20):
 # ---- Plumbing: folder, checkpoints, processes, arguments. Nothing below is about the method ------
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-FREE = ("out", "data", "init", "device", "iters", "features", "fd_samples", "many", "precision",
+FREE = ("out", "init", "device", "iters", "features", "fd_samples", "many", "precision",
         "compile", "accum", "save_every", "log_every", "profile")  # may change when a run goes on
 
 def say(*words):
@@ -646,7 +612,6 @@ class Run:
         self.out, self.stop, self.log = Path(c.out), 0, saved.get("log", [])
         self.classes = len(data.classes) if c.classes else 0
         self.steps = torch.tensor(c.steps, device=device)
-
     def noise(self, first, last):
         """z and labels of samples first .. last - 1, the same in every table and picture."""
         g = torch.Generator(self.device).manual_seed(2**40 * (self.c.seed + 1) + first)
@@ -656,7 +621,6 @@ class Run:
             index = torch.arange(first, last, device=self.device) % self.classes
             given["labels"] = F.one_hot(index, self.classes).float()
         return given
-
     def restore(self, trainer):
         """Take up latest.pt if it is of this phase -> iterations done."""
         state = self.saved if self.saved.get("phase") == trainer.phase else {"step": 0}
@@ -667,7 +631,6 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM) if self.world == 1 else ():
             signal.signal(number, lambda number, frame: setattr(self, "stop", number))
         return self.first
-
     def tick(self, trainer, step, losses):
         """After each step: log, save, stop. The host waits for the device here and nowhere else."""
         c, phase, last = self.c, trainer.phase, step == trainer.iters
@@ -711,7 +674,6 @@ class Run:
         if last:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
     def save(self, name, ema, phase, **more):
         method = "diffusion" if phase == "pretrain" else self.c.method
         state = dict(ema=ema.state_dict(), arguments=ema.arguments, method=method, phase=phase,
@@ -776,12 +738,13 @@ def main(arguments=None):
         except UserError as error:
             say(f"{error}\nNo EDM weights: a diffusion model is trained first")
     init = None if c.init in ("auto", "none") else load_init(c.init, device, side, classes)
+    c.data = f"{data.name}, {len(data.images)} images of {side}x{side}"
     c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
     saved, lock = open_folder(Path(c.out))
     frozen = {k: v for k, v in saved.get("config", {}).items() if k not in FREE}
     parser.set_defaults(**frozen)  # what is not given now is as it was
-    now = dict(vars(parser.parse_args(arguments)), data=data.name)
-    for key, was in {**frozen, "data": saved.get("data", data.name)}.items():
+    now = dict(vars(parser.parse_args(arguments)), data=c.data)
+    for key, was in frozen.items():
         if now[key] != was:
             parser.error(f"--{key.replace('_', '-')}: {c.out} was begun with {was}, not "
                          f"{now[key]}: leave that as it was, or choose another --out")
