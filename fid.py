@@ -2,8 +2,7 @@
 
     python fid.py samples.npz cifar10                         # "FID" from 50,000 samples on
     python fid.py samples train --features random --n 1000    # CIFAR-10's test: 1.36, floor 1.24
-A, B: a folder of images, an .npz (arr_0, uint8 NHWC) or cifar10 (training split, in ./data); B also
-an .npz of mu and sigma. The floor is the distance of n real images from n others.
+A, B: a folder of images, an .npz (uint8 NHWC in arr_0; B: or mu, sigma) or cifar10 (train split).
 """
 import argparse
 import contextlib
@@ -66,64 +65,56 @@ def resize_tf1(images):
         images = (images.float() @ hats.float().to(images.device)).mT
     return images
 
-class InceptionFID(nn.Module):
+class InceptionFID(torch.fx.GraphModule):
     """uint8 [N, 3, H, W] -> [N, 2048]: torchvision's graph, edited; the published weights' keys."""
     def __init__(self):
         from torchvision.models import inception_v3
-        super().__init__()
-        net = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-        net = torch.fx.symbolic_trace(net.eval())
-        *averages, last = [n for n in net.graph.nodes if n.target is nn.functional.avg_pool2d]
+        net = inception_v3(num_classes=1008, aux_logits=False, init_weights=False).eval()
+        super().__init__(net, torch.fx.Tracer().trace(net))
+        *averages, last = [n for n in self.graph.nodes if n.target is nn.functional.avg_pool2d]
         last.target = nn.functional.max_pool2d
         for node in averages:
             node.update_kwarg("count_include_pad", False)
-        *_, fc, output = net.graph.nodes
+        *_, fc, output = self.graph.nodes
         output.args = fc.args
-        net.recompile()
-        self.features = net.forward
-        self._modules.update(net._modules)
-    def forward(self, images):
-        return self.features((resize_tf1(images) - 128) / 128)
+        self.recompile()
+        self.register_forward_pre_hook(lambda _, images: (resize_tf1(*images) - 128) / 128)
     def fold(self):
         """BatchNorm into the convolutions, channels last: the same function, 1.6 times as fast."""
-        for part in self.modules():
-            if isinstance(getattr(part, "bn", None), nn.BatchNorm2d):
-                part.conv, part.bn = nn.utils.fuse_conv_bn_eval(part.conv, part.bn), nn.Identity()
+        for part in [m for m in self.modules() if isinstance(getattr(m, "bn", 0), nn.BatchNorm2d)]:
+            part.conv, part.bn = nn.utils.fuse_conv_bn_eval(part.conv, part.bn), nn.Identity()
         return self.to(memory_format=torch.channels_last)
 
 def random_features(images):
-    """uint8 [N, 3, H, W] -> [N, 156]: log energies of random filters, and where which colour is."""
-    x = images.float() / 127.5 - 1
-    features = [3 * nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)]
-    for scale in range(3):  # coarse scales have few pixels and so vary most: they weigh less
-        y = nn.functional.avg_pool2d(x, 2**scale)
+    """uint8 [N, 3, H, W] -> [N, 28]: log energies of random filters, and where which colour is."""
+    x, rng = images.float() / 127.5 - 1, np.random.default_rng(2)
+    features = [nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)]
+    for scale in 1, 2:  # few features: the floor grows faster than their number
+        y = nn.functional.avg_pool2d(x, scale)
         for layer in range(2):  # nothing is strided before it is measured, so grain is seen
-            filters = np.random.default_rng([scale, layer]).standard_normal((24, y.shape[1], 3, 3))
-            if scale < 2:  # blind to flat areas; the coarsest scale sees their colours
-                filters -= filters.mean((2, 3), keepdims=True)
-            filters /= np.sqrt((filters**2).sum((1, 2, 3), keepdims=True))
-            y = nn.functional.pad(y, (1, 1, 1, 1), mode="replicate")
+            filters = rng.standard_normal((8, y.shape[1], 3, 3)) / (9 * y.shape[1]) ** 0.5
+            filters -= (scale == 1) * filters.mean((2, 3), keepdims=True)  # 2 also sees flat areas
             y = nn.functional.conv2d(y, torch.from_numpy(filters).to(y)).abs()
-            features.append(10 / 3**scale * (y.mean((2, 3)) + 0.3).log())
+        features.append(16 / scale * (y.mean((2, 3)) + 0.02).log())
     return torch.cat(features, 1)
 
 def feature_extractor(spec, device="cpu", weights=None):
     """For inception, random or a TorchScript file: images -> [N, d], with its .name and .hash."""
     path, net = __file__ if spec == "random" else spec, random_features
     if spec == "inception":
-        path, net = weights or fetch(*INCEPTION), InceptionFID().eval()
+        path, net = weights or fetch(*INCEPTION), InceptionFID()
     with blame(f"{path} is truncated or not what --features {spec} needs; see {INCEPTION[0]}"):
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if spec == "inception":
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             net.fold().to(device)
-            if "cuda" in str(device):
-                net.features = torch.compile(net.features, dynamic=True)  # batches vary
+            net.forward = torch.compile(net.forward, dynamic=True, disable=str(device) == "cpu")
         elif spec != "random":
             warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated")
             net = torch.jit.load(path, map_location=device).eval()
     def extract(images):  # TF32, torch's default for convolutions on a GPU, would move the features
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with (torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+              blame(f"--features {spec} does not take uint8 {tuple(images.shape)}")):
             return net(images.to(device)).flatten(1)
     extract.hash, known = digest, spec == "random" or digest == INCEPTION[1]
     extract.name = spec if known else f"{Path(path).stem}-{digest[:6]}"
@@ -143,22 +134,15 @@ class Statistics:
         self.__init__(n, self.mean + other.n / n * gap, self.scatter + other.scatter + between)
         return self
 
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2); with cov1 = A A' and cov2 = B B' the
-    last trace is the sum of A'B's singular values, so no matrix root is needed."""
-    def factor(cov):
-        lower, failed = torch.linalg.cholesky_ex(cov)
-        if not failed:
-            return lower
-        values, vectors = torch.linalg.eigh(cov)  # n <= d: dearer, and zeros arrive as rounding
-        keep = values > values[-1] * len(cov) * 2.2e-16
-        return vectors[:, keep] * values[keep].sqrt()
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(x).double() for x in (mean1, cov1, mean2, cov2))
-    if cov1.shape != cov2.shape or not (cov1 + cov2).isfinite().all():
-        raise UserError("features must be finite and as many in both sets: look at --features")
-    product = factor(cov2).T @ factor(cov1)
-    roots = torch.linalg.eigvalsh(product.T @ product).clamp(min=0).sqrt()
-    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * roots.sum()
+def frechet_distance(mu1, cov1, mu2, cov2):
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2); with cov1 = R R' the last
+    trace is that of (R' cov2 R)^1/2, a symmetric matrix: its eigenvalues do, no matrix root."""
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(x).double().cpu() for x in (mu1, cov1, mu2, cov2))
+    with blame("features must be finite and as many in both sets: look at --features"):
+        values, vectors = torch.linalg.eigh(cov1)  # for n <= d, zeros arrive as rounding
+        root = vectors * values.where(values > 1e-12 * values[-1], 0).sqrt()
+        roots = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt()
+    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * roots.sum()
     return max(distance.item(), 0.0)
 
 def metric_name(features, n):
@@ -176,9 +160,9 @@ def evaluate(batches, extractor, total=0):
 
 def read(source="cifar10"):
     """uint8 [N, 3, H, W], labels [N], class names (if any) of a folder, an .npz or cifar10."""
+    from torchvision.datasets import CIFAR10, folder
     with blame(f"no images in {source}: give a folder of one size, .npz of uint8 NHWC, cifar10"):
         if source == "cifar10":
-            from torchvision.datasets import CIFAR10
             if not Path("data", CIFAR10.base_folder).exists():
                 fetch(*CIFAR, "data")
             data = CIFAR10("data", download=True)  # unpacks what is there
@@ -187,18 +171,12 @@ def read(source="cifar10"):
             arrays, classes = np.load(source), []  # runs no pickles
             images, labels = arrays["arr_0"].astype(np.uint8, casting="no"), arrays.get("arr_1", 0)
         else:
-            from PIL import Image
-            known = Image.registered_extensions()
-            files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in known)
-            images = []
-            for file in files:
-                with blame(file):
-                    images.append(np.asarray(Image.open(file).convert("RGB")))
+            files = sorted(f for f in Path(source).rglob("*") if folder.is_image_file(f.name))
+            images = [np.asarray(blame(file)(folder.pil_loader)(file)) for file in files]
             tops = ["".join(file.relative_to(source).parts[:-1][:1]) for file in files]
             classes, labels = np.unique(tops, return_inverse=True)
         x = torch.tensor(np.stack(images)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
     return x, torch.as_tensor(labels).long().expand(len(x)), [str(c) for c in classes if c]
-read_folder = read_npz = read_cifar10 = read
 
 def shuffled(source):  # always in the same order; a tensor is taken as it is
     images = source if torch.is_tensor(source) else read(source)[0]
@@ -210,13 +188,12 @@ def reference(source, extractor, n, batch=64):
     path = str(cache if source == "cifar10" and cache.exists() else source)
     with blame(f"{path} is not a readable .npz: write it anew"):
         saved = dict(np.load(path)) if path.endswith(".npz") else {}
-    if {"mu", "sigma"} <= saved.keys():
-        mean, cov = torch.from_numpy(saved["mu"]), torch.from_numpy(saved["sigma"])
-        return Statistics(2, mean, cov), *saved.get("floor", (None, None))  # of 2, scatter is cov
+    if {"mu", "sigma"} <= saved.keys():  # of n = 2, the scatter is the covariance
+        return Statistics(2, saved["mu"], saved["sigma"]), *saved.get("floor", (None, None))
     images = shuffled(source)
     n = min(n, len(images) // 2)
-    first, second, rest = (evaluate(part.split(batch), extractor, len(part))
-                           for part in images.tensor_split([n, 2 * n]))
+    parts = images.tensor_split([n, 2 * n])
+    first, second, rest = (evaluate(x.split(batch), extractor, len(x)) for x in parts)
     floor = frechet_distance(first.mean, first.cov, second.mean, second.cov)
     whole = first.merge(second).merge(rest)
     if source == "cifar10":  # never half a file under the final name
@@ -236,17 +213,16 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if args.batch < 1 or (args.n or 4) < 4 or (args.weights and args.features != "inception"):
         parser.error("--batch must be 1 or more, --n 4 or more, --weights for inception only")
-    for path in {args.a, args.b} - {"cifar10"}:
-        if not Path(path).exists():
-            parser.error(f"{path} does not exist: give a folder, an .npz or cifar10")
+    for path in [p for p in (args.a, args.b) if not (p == "cifar10" or Path(p).exists())]:
+        parser.error(f"{path} does not exist: give a folder, an .npz or cifar10")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor = feature_extractor(args.features, device, args.weights)
     images = shuffled(args.a)[:args.n or None]
     real, floor, floor_n = reference(args.b, extractor, len(images), args.batch)
     fake = evaluate(images.split(args.batch), extractor, len(images))
-    value = frechet_distance(fake.mean, fake.cov, real.mean.to(fake.mean), real.cov.to(fake.mean))
-    result = dict(metric=metric_name(extractor.name, fake.n), value=round(value, 4), n=fake.n,
-                  features=extractor.name, reference=args.b, floor=floor, floor_n=floor_n,
+    result = dict(metric=metric_name(extractor.name, fake.n),
+                  value=round(frechet_distance(fake.mean, fake.cov, real.mean, real.cov), 4),
+                  n=fake.n, features=extractor.name, reference=args.b, floor=floor, floor_n=floor_n,
                   warning="too large by about the floor: n < d" * (fake.n < len(fake.mean)))
     print(json.dumps(result) if args.json else ", ".join(f"{k} {v}" for k, v in result.items()))
 
