@@ -1,8 +1,8 @@
 """FID as published numbers are computed: the Inception of 2015, TensorFlow 1 resizing; one file.
 
     python fid.py samples.npz cifar10                         # "FID" from 50,000 samples on
-    python fid.py samples train --features random --n 1000    # CIFAR-10's test: 1.36, floor 1.24
-A, B: a folder of images, an .npz (uint8 NHWC in arr_0; B: or mu, sigma) or cifar10 (train split).
+    python fid.py samples train --features random --n 1000    # CIFAR's test set: 1.68, floor 1.13
+A, B: a folder, an .npz (uint8 NHWC arr_0; B: or mu, sigma), cifar10 (train). Floor: real to real.
 """
 import argparse
 import contextlib
@@ -86,16 +86,16 @@ class InceptionFID(torch.fx.GraphModule):
         return self.to(memory_format=torch.channels_last)
 
 def random_features(images):
-    """uint8 [N, 3, H, W] -> [N, 28]: log energies of random filters, and where which colour is."""
+    """uint8 [N, 3, H, W] -> [N, 36]: log energies of random filters, and where which colour is."""
     x, rng = images.float() / 127.5 - 1, np.random.default_rng(2)
     features = [nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)]
-    for scale in 1, 2:  # few features: the floor grows faster than their number
+    for scale, weight in (1, 24), (2, 8):  # few features, as the floor grows with their number
         y = nn.functional.avg_pool2d(x, scale)
         for layer in range(2):  # nothing is strided before it is measured, so grain is seen
-            filters = rng.standard_normal((8, y.shape[1], 3, 3)) / (9 * y.shape[1]) ** 0.5
+            filters = rng.standard_normal((12, y.shape[1], 3, 3)) / (9 * y.shape[1]) ** 0.5
             filters -= (scale == 1) * filters.mean((2, 3), keepdims=True)  # 2 also sees flat areas
             y = nn.functional.conv2d(y, torch.from_numpy(filters).to(y)).abs()
-        features.append(16 / scale * (y.mean((2, 3)) + 0.02).log())
+        features.append(weight * (y.mean((2, 3)) + 0.02).log())
     return torch.cat(features, 1)
 
 def feature_extractor(spec, device="cpu", weights=None):
@@ -135,15 +135,15 @@ class Statistics:
         return self
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2); with cov1 = R R' the last
-    trace is that of (R' cov2 R)^1/2, a symmetric matrix: its eigenvalues do, no matrix root."""
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2); with cov1 = R R' the last trace is that
+    of (R' cov2 R)^1/2, which is symmetric: the roots of its eigenvalues do, no matrix root."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x).double().cpu() for x in (mu1, cov1, mu2, cov2))
-    with blame("features must be finite and as many in both sets: look at --features"):
-        values, vectors = torch.linalg.eigh(cov1)  # for n <= d, zeros arrive as rounding
-        root = vectors * values.where(values > 1e-12 * values[-1], 0).sqrt()
-        roots = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt()
-    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * roots.sum()
-    return max(distance.item(), 0.0)
+    if cov1.shape != cov2.shape or not (cov1 + cov2).isfinite().all():
+        raise UserError("features must be finite and as many in both sets: look at --features")
+    values, vectors = torch.linalg.eigh(cov1)  # for n <= d, zeros arrive as rounding
+    root = vectors * values.where(values > 1e-12 * values[-1], 0).sqrt()
+    shared = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + (cov1 + cov2).trace() - 2 * shared).clamp(min=0).item()
 
 def metric_name(features, n):
     return "FID" if features == "inception" and n >= 50_000 else f"FD({features})@{n}"
