@@ -167,8 +167,9 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """Pseudo-Huber of the root mean square distance of two predictions in v-space, per sample [B].
 
     Under variance preservation a difference in x is sigma times one in v, so the paper's weight
-    SNR + 1 = (alpha^2 + sigma^2) / sigma^2 stands inside the norm, as its square root. With the
-    data as target this is the diffusion loss.
+    SNR + 1 = (alpha^2 + sigma^2) / sigma^2 stands inside the norm, as its square root. The mean,
+    where the paper sums, makes huber_eps the same for all sizes. With the data as target this is
+    the diffusion loss.
     """
     alpha, sigma = at(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
