@@ -484,7 +484,7 @@ def test_what_cannot_go_on_says_so_and_keeps_what_was_there(tiny, monkeypatch, c
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # as a full disk
     refused("cannot write run/latest.pt", "run", "--iters", "8")
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    for value, named in ((math.nan, "loss nan in tune iteration 6"), (1.0, "fp16 overflows")):
+    for value, named in ((math.nan, "not finite in tune iteration 6"), (1.0, "fp16 overflows")):
         monkeypatch.setattr(train_cifar, "step_loss", lambda net, *_, x, **rest: value + 0 * sum(
             p.sum() for p in net.parameters()) + torch.zeros(len(x)))
         if value == 1:

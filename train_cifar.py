@@ -638,17 +638,18 @@ class Run:
         logs, saves = (last or step % every == 0 for every in (c.log_every, c.save_every))
         if not (logs or saves or self.stop):
             return
-        recent = torch.stack(self.recent).cpu()                                      # [steps, B]
-        for i, j in (~recent.isfinite()).nonzero().tolist()[:1]:
-            at = step - len(recent) + i
-            drawn = {k: v[j].item() for k, v in draw(self, phase, at).items() if v.ndim == 1}
-            sys.exit(f"error: loss {recent[i, j]} in {phase} iteration {at}, sample {j}, {drawn}; "
-                     "the last checkpoint is kept: try a smaller --lr, or --precision fp32")
+        self.recent = [losses.cpu() for losses in self.recent]
+        for i, losses in enumerate(self.recent):
+            for j in (~losses.isfinite()).nonzero().flatten().tolist():
+                at, j = step - len(self.recent) + i, j + self.rank * len(losses)
+                drawn = {k: v[j].item() for k, v in draw(self, phase, at).items() if v.ndim == 1}
+                sys.exit(f"error: loss not finite in {phase} iteration {at}, sample {j}, {drawn}; "
+                         "the last checkpoint is kept: try a smaller --lr, or --precision fp32")
         if logs:
             speed = (step - self.first) * c.batch / (time.time() - self.start)
             left = int((trainer.iters - step) * c.batch / speed)
             skipped = step - int(next(iter(trainer.optimizer.state.values()))["step"])  # overflows
-            self.log.append(dict(phase=phase, step=step, loss=recent.mean().item(),
+            self.log.append(dict(phase=phase, step=step, loss=torch.cat(self.recent).mean().item(),
                                  images_per_second=speed, skipped=skipped))
             self.recent = []
             say(f"{phase} {step}  loss {self.log[-1]['loss']:.5f}  {speed:.0f} images/s  "
