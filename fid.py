@@ -2,7 +2,7 @@
 
     python fid.py samples.npz cifar10                         # "FID" from 50,000 samples on
     python fid.py samples train --features random --n 1000    # CIFAR's test set: 1.68, floor 1.13
-A, B: a folder, an .npz (uint8 NHWC arr_0; B: or mu, sigma), cifar10 (train). Floor: real to real.
+A, B: a folder, an .npz (uint8 NHWC arr_0, B: or mu, sigma), cifar10 (train). Floor: real to real.
 """
 import argparse
 import contextlib

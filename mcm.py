@@ -8,7 +8,7 @@ steps recover most of the quality.
 
     cosine, edm            schedules t -> (alpha, sigma), with z_t = alpha x + sigma eps
     ddim, inv_ddim, addim  eq. (4), eq. (5), Algorithm 3 with eq. (14)
-    draw_times             the times of Algorithm 1; teacher_steps: T(i)
+    draw_times             the times of Algorithm 1, and teacher_steps, T(i)
     as_f, segment          a denoiser D(x, sigma) as the paper's f(z_t, t), told where it is
     consistency_loss       Algorithm 1: training, distillation, TRACT, plain consistency models
 
@@ -96,14 +96,14 @@ def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i): steps that the path is cut into at iteration i, from start to end, log-linearly.
 
     Few, long, biased strides first, then many. The paper anneals over half of its 200k iterations
-    of batch 2048; set `anneal` to half of your run. A float: draw_times rounds.
+    of batch 2048. Set `anneal` to half of your run. A float: draw_times rounds.
     """
     return start * (end / start) ** min(max(i / anneal, 0.0), 1.0)
 
 def draw_times(batch, student_steps, teacher_steps, generator=None, device=None):
     """The times of Algorithm 1 -> t, s, t_step [B]: t_step <= s < t in a segment of length 1/N.
 
-    student_steps: N, or int64 [B] where one network serves several N; teacher_steps: T, of which
+    student_steps: N, or int64 [B] where one network serves several N. teacher_steps: T, of which
     n = round(T / N) >= 1 fall in each segment. All are whole numbers over n N, so that s == t_step
     exactly where it should be.
     """

@@ -6,8 +6,8 @@
     heun        D(x, sigma)  EDM Algorithm 1 without churn: second order, 2 steps - 1 evaluations
 
 All start from unit Gaussian noise [B, ...] and end in [-1, 1] (not clipped). The state is float64,
-as float32 errors add up at sigma = 80; f gets the dtype of the noise, D float64, which our networks
-cast. Labels, text, guidance belong to the callable; noise can be passed in.
+as float32 errors add up at sigma = 80. f gets the dtype of the noise, D float64, which our networks
+cast. Labels, text, guidance belong to the callable. Noise can be passed in.
 
     python sample.py CKPT --steps 2 --n 64 --out grid.png
     python sample.py CKPT --n 50000 --out samples.npz            # uint8 NHWC in arr_0, for fid.py
@@ -25,7 +25,7 @@ import ect, fid, mcm
 def multistep(f, z, steps, schedule=mcm.cosine, move=mcm.ddim):
     """MCM Algorithm 2, a jump a segment: z at the first time -> z at the last.
 
-    steps: N for the times 1, (N-1)/N, ..., 0; or the times.
+    steps: N for the times 1, (N-1)/N, ..., 0, or the times.
     """
     times = [i / steps for i in range(steps, -1, -1)] if isinstance(steps, int) else steps
     state = z.double()
@@ -80,7 +80,7 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
 def generate(net, method, steps, z, sampler=None, segmented=False, **condition):
     """Noise z [B, C, H, W] -> x, by what suits how `net` was trained: diffusion, mct, mcd or ect.
 
-    sampler: ddim, addim or heun, for a diffusion model; segmented: ECT in segments; condition: what
+    sampler: ddim, addim or heun, for a diffusion model. segmented: ECT in segments. condition: what
     else the network is to be given, as labels.
     """
     if method == "diffusion" and sampler == "heun":

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train_cifar.py --steps 2
 
 In reading order: settings, UNet (EDM's DDPM++), data, load_edm (EDM's published weights, opened
-safely), the step (what is drawn, which loss, which update), report; plumbing comes last.
+safely), the step (what is drawn, which loss, which update), report, and last the plumbing.
 """
 import argparse, contextlib, copy, fcntl, io, json, operator, os, resource, signal, sys, time, types
 import warnings
@@ -215,7 +215,7 @@ class UNet(nn.Module):
     def forward(self, x, sigma, labels=None, augment=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
 
-        labels: one-hot float [B, classes], zeros for none; segment: int64 [B], of mcm.segment;
+        labels: one-hot float [B, classes], zeros for none. segment: int64 [B], of mcm.segment.
         seed: int64 [B] in [0, 2^32), of the dropout masks: fresh ones each step, default zeros.
         """
         x = x.float()
@@ -534,7 +534,8 @@ def profile(trainer, steps=20):
             for name, part in parts.items():
                 start = time.perf_counter()
                 part(max(i, 0))
-                torch.cuda.synchronize() if cuda else None
+                if cuda:
+                    torch.cuda.synchronize()
                 spent[name] += (time.perf_counter() - start) / steps * (i >= 0)
     some = {key: value[:4] for key, value in batch.items()}
     given = trainer.net, trainer.teacher, c, "tune", torch.tensor(0), trainer.edges
