@@ -1,11 +1,12 @@
 """Easy Consistency Tuning (Geng et al., "Consistency Models Made Easy", arXiv 2406.14548).
 
-Start from a pretrained diffusion model, which satisfies the consistency condition f(z_t, t) =
-f(z_r, r) for r = 0, and move r towards t as training goes on. What that changes against mcm.py:
+Train f(z_t, t) to equal f(z_r, r). A pretrained diffusion model is the case r = 0, so start there,
+and move r towards t as training goes on. What that changes against mcm.py:
 
     1. the times      t log-normal, r a function of t and the stage     (MCM: a grid of T steps)
-    2. the weight     1 / (t - r), of a norm over the whole image       (MCM: SNR + 1)
-    3. the schedule   z_t = x + t eps, mcm.edm                          (MCM: mcm.cosine)
+    2. the loss       the norm of an image's error in x, over t - r     (MCM: its mean in v)
+    3. the schedule   z_t = x + t eps, mcm.edm, so that f is D          (MCM: mcm.cosine)
+    4. the sampler    fresh noise between steps, sample.renoise         (MCM: DDIM)
 
 The target is mcm.consistency_target in both. With `edges` time is cut into segments, as in MCM:
 the two papers combined.
@@ -18,9 +19,9 @@ import torch
 
 import mcm
 
-# The authors' settings for CIFAR-10 from EDM's unconditional VP weights, their 2-step FIDs: RAdam,
-# betas 0.9 and 0.999, no clipping, no flips; r approaches t by a factor q every double_every
-# iterations (0: never).
+# The authors' settings for CIFAR-10 from EDM's unconditional VP weights, their 2-step FIDs: c = 0,
+# RAdam (in train_cifar.py), betas 0.9 and 0.999, no clipping, no flips; r approaches t by a factor
+# q every double_every iterations (0: never).
 BOTH = dict(batch=128, lr=1e-4, dropout=0.2)
 RECIPES = {
     "hour": dict(BOTH, iters=8_000, q=256.0, double_every=0, ema=0.9993),   # an A100 hour, 2.73
@@ -39,8 +40,8 @@ def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
 def relative_gap(t, stage, q=2, k=8, b=1):
     """(t - r) / t in (0, 1]: n(t) / q^(stage + 1) with n(t) = 1 + k sigmoid(-b t), at most 1.
 
-    All else is built on this, as t - r cancels: 4% wrong in float32 at q = 2, stage 8. q is a float
-    because 256^8 does not fit in 64 bits.
+    All else is built on this, as t - r cancels: in float32 it is up to 0.6% wrong at q = 256, stage
+    1, and 100% at stage 2. q is a float because 256^8 does not fit in 64 bits.
     """
     return ((1 + k * torch.sigmoid(-b * t)) / float(q) ** (stage + 1)).clamp(max=1)
 
@@ -65,11 +66,12 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     """ECT's loss, per sample: data x [B, ...], noise eps like x, t [B] of draw_t -> [B].
 
     edges None: the paper, sqrt(|d|^2 + c^2) - c of the whole image, over t - r.
-    edges [N - 1]: segments. r stops at the lower edge e, where both predictions are carried, and d
-    is measured there, which is (1 - e / t) times what it is in x. Without that factor the loss has
-    no finite mean: for r = e, d in x is the denoising error, which stays as t - r goes to 0.
+    edges [N - 1]: segments, as default_edges(N) with mcm.conditioned(D, N). r stops at the lower
+    edge e, and d is the distance of where both predictions jump to there, (1 - e / t) times that in
+    x. Without this factor the loss has no finite mean: for r = e, the distance in x is the
+    denoising error, which stays as t - r goes to 0.
     """
-    edge = torch.zeros_like(t) if edges is None else lower_edge(t, edges)
+    edge = torch.zeros_like(t) if edges is None else lower_edge(t, edges.to(t))
     r = torch.maximum(t_to_r(t, stage, q, k, b), edge)
     z_t = x + mcm.per_sample(t, x) * eps
     z_r = x + mcm.per_sample(r, x) * eps
@@ -79,7 +81,7 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     return norm / gap(t, stage, q, k, b, edge)
 
 def main(arguments=None, n=100_000):
-    argparse.ArgumentParser("ect.py", argparse.SUPPRESS, __doc__[:26]).parse_args(arguments)
+    argparse.ArgumentParser("ect.py", argparse.SUPPRESS, __doc__[:24]).parse_args(arguments)
     torch.set_num_threads(1)  # the MLP is too small to share
     t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
     print("t              ", *(f"{value:9.4g}" for value in t))
@@ -92,7 +94,7 @@ def main(arguments=None, n=100_000):
           f"{mcm.distance(mcm.mixture(n, g), truth):.4f}")
     for N in (1, 2):
         net, edges = copy.deepcopy(diffusion), default_edges(N)
-        D = mcm.told(net, N)
+        D = mcm.conditioned(net, N)
 
         def loss_of(x, eps, i, g):  # c = 100: squared, as in mcm.py and for the same reason
             t = draw_t(len(x), generator=g)

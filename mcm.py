@@ -9,11 +9,12 @@ steps recover most of the quality.
     cosine, edm            schedules t -> (alpha, sigma), with z_t = alpha x + sigma eps
     ddim, inv_ddim, addim  eq. (4), eq. (5), Algorithm 3 with eq. (14)
     draw_times             the times of Algorithm 1, and teacher_steps, T(i)
-    as_f, segment          a denoiser D(x, sigma) as the paper's f(z_t, t), told where it is
     consistency_loss       Algorithm 1: training, distillation, TRACT, plain consistency models
+    as_f, guided           a denoiser D(x, sigma) as the paper's f(z_t, t), which knows its segment
 
 The contract: x and z have any shape [B, ...], times are [B], f(z_t, t) -> x_hat has x's shape.
-Everything is computed per sample, nothing but draw_times is random, the loss compiles whole.
+Everything is computed per sample, and nothing but draw_times is random. f is called twice, without
+gradient and with: autocast belongs inside it, and dropout should draw one mask for both calls.
 
     python mcm.py                  # the dial in one dimension: a table and mcm.png; 80 s
     python mcm.py --method mcd     # the same by distillation
@@ -24,7 +25,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# ---- Schedules, any t -> (alpha, sigma). A network sees only sigma / alpha, over EDM's range -----
+# ---- Schedules -----------------------------------------------------------------------------------
+# Any function t -> (alpha, sigma) with alpha > 0 and rising sigma / alpha will do, in the loss, in
+# as_f and in the samplers, within the range below: networks see nothing but sigma / alpha.
+# Its times need not be those of draw_times and `segment`, which are cosine's: map them.
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 ANGLE_0, ANGLE_1 = math.atan(SIGMA_MIN), math.atan(SIGMA_MAX)
@@ -46,7 +50,7 @@ def edm(t):
 def at(schedule, t, x):
     """(alpha, sigma) at t, a number or [B], shaped to broadcast against x [B, ...]."""
     if not torch.is_tensor(t):
-        t = torch.tensor(t, dtype=x.dtype, device=x.device)
+        t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return tuple(per_sample(value, x) for value in schedule(t))
 
 def per_sample(value, x):
@@ -57,9 +61,9 @@ def mean_per_sample(x):
     """[B, ...] -> [B]."""
     return x.reshape(len(x), -1).mean(1)
 
-# ------------------------------------------------------------------------------------------------
-# Steps. ddim moves z from t to s < t in the belief that the clean image is x; inv_ddim asks which
-# belief would have made that move.
+# ---- Steps ---------------------------------------------------------------------------------------
+# ddim moves z from t to s < t in the belief that the clean image is x. inv_ddim asks which belief
+# would have made a given move.
 
 def ddim(x, z_t, t, s, schedule=cosine):
     """Eq. (4): z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)."""
@@ -74,11 +78,11 @@ def inv_ddim(z_s, z_t, t, s, schedule=cosine):
     return (z_s - sigma_s / sigma_t * z_t) / (alpha_s - alpha_t * sigma_s / sigma_t)
 
 def addim(x, z_t, t, s, x_var, schedule=cosine):
-    """Algorithm 3, adjusted DDIM: ddim, with the length z_s would have if x were no average.
+    """Algorithm 3, adjusted DDIM: ddim, with the noise lengthened for the spread that x lacks.
 
-    x is the mean of the images that z_t may come from, so it lacks their spread, and every DDIM
-    step loses variance. Given the missing variance per element, x_var (number or [B]), the noise is
-    made longer so that, eq. (14), mean((z_s - alpha_s x)^2) =
+    x is the mean of the images that z_t may come from, so every DDIM step loses variance. Given the
+    missing variance per element, x_var (number or [B]; sample.paper_x_var is the paper's guess for
+    sampling), eq. (14) makes mean((z_s - alpha_s x)^2) =
     sigma_s^2 mean(eps_hat^2) + (alpha_s - alpha_t sigma_s / sigma_t)^2 x_var.
     """
     alpha_t, sigma_t = at(schedule, t, z_t)
@@ -90,7 +94,7 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     missing = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * x_var
     return alpha_s * x + (sigma_s**2 + missing / power).sqrt() * eps_hat
 
-# ---- Times and segments --------------------------------------------------------------------------
+# ---- Times, in cosine's [0, 1] -------------------------------------------------------------------
 
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i): steps that the path is cut into at iteration i, from start to end, log-linearly.
@@ -115,6 +119,83 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None)
     T = n * N
     return (step * n + n_rel) / T, (step * n + n_rel - 1) / T, step * n / T
 
+# ---- The loss ------------------------------------------------------------------------------------
+
+def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_ref=None,
+                     x_var_frac=0.75, huber_eps=1e-4):
+    """Algorithm 1, per sample: data x [B, ...], noise eps like x, times [B] of draw_times -> [B].
+
+    teacher None     consistency training (MCT): the data itself leads from t to s.
+    teacher(z, t)    distillation (MCD): the teacher's prediction does. A guided teacher returns
+                     two, see `guided`: the first leads, the second tells the variance.
+    f_ref None       the reference is f, without gradient. TRACT (2303.04248): a teacher, and f_ref
+                     an average of f.
+    N = 1 (t_step = 0) is a consistency model's loss, T = N (s = t_step) a diffusion model's.
+    Gradients flow through the second f, f(z_t, t), only.
+    """
+    alpha_t, sigma_t = at(schedule, t, x)
+    z_t = alpha_t * x + sigma_t * eps
+    with torch.no_grad():
+        x_teacher = x if teacher is None else teacher(z_t, t)
+        x_teacher, x_mean = x_teacher if isinstance(x_teacher, tuple) else (x_teacher, x_teacher)
+        # How far the teacher's average is from the data tells what it lacks; the data lack nothing.
+        x_var = x_var_frac * mean_per_sample((x_mean - x) ** 2)
+        z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
+    target = consistency_target(f if f_ref is None else f_ref, z_s, z_t, t, s, t_step, schedule)
+    return v_loss(f(z_t, t), target, z_t, t, schedule, huber_eps)
+
+@torch.no_grad()
+def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
+    """What f(z_t, t) should say: the x that jumps from z_t to where the reference jumps from z_s.
+
+    Both jumps end on the segment's edge t_step. For s on the edge there is no jump left: the target
+    is inv_ddim(z_s), the diffusion target, eq. (8). The batch is one tensor, so f_ref answers for
+    these samples too, at t, since D(x, 0) need not exist; the answer, even NaN, is not used.
+    """
+    on_edge = s <= t_step
+    x_ref = f_ref(z_s, torch.where(on_edge, t, s))
+    z_step = torch.where(per_sample(on_edge, z_s), z_s, ddim(x_ref, z_s, s, t_step, schedule))
+    return inv_ddim(z_step, z_t, t, t_step, schedule)
+
+def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
+    """Pseudo-Huber of the root mean square distance of two predictions in v-space, per sample [B].
+
+    Under variance preservation a difference in x is sigma times one in v, so the paper's weight
+    SNR + 1 = (alpha^2 + sigma^2) / sigma^2 stands inside the norm, as its square root. The paper
+    sums where we average: our huber_eps is an error per element, whatever the size. With the data
+    as target this is a diffusion loss; its minimum is a mean for large huber_eps (1 for images).
+    """
+    alpha, sigma = at(schedule, t, z_t)
+    v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
+    return pseudo_huber(mean_per_sample(v_difference**2), huber_eps)
+
+def pseudo_huber(square, eps):
+    """sqrt(square + eps^2) - eps, without cancellation and with slope 0 at 0, also for eps = 0.
+
+    A norm where eps is small, a squared error over 2 eps where it is large.
+    """
+    return square / ((square + eps**2 + 1e-30) ** 0.5 + eps)
+
+# ---- Networks as f -------------------------------------------------------------------------------
+
+def as_f(denoise, schedule=cosine, steps=None, **condition):
+    """The paper's f(z_t, t) from a denoiser D(x0 + sigma eps, sigma): D(z / alpha, sigma / alpha).
+
+    steps (N, or int64 [B]) and condition: see `conditioned`.
+    """
+    D = conditioned(denoise, steps, **condition)
+    def f(z, t):
+        alpha, sigma = at(schedule, t, z)
+        return D(z / alpha, (sigma / alpha).flatten().expand(len(z)))
+    return f
+
+def conditioned(denoise, steps=None, **condition):
+    """D(x, sigma) that passes on `condition` (labels, text, ...) and, given N, the segment."""
+    def D(x, sigma):
+        where = {} if steps is None else {"segment": segment(sigma, steps)}
+        return denoise(x, sigma, **where, **condition)
+    return D
+
 def segment(sigma, steps):
     """Which of N segments, equal in cosine's t, holds the noise level sigma / alpha [B].
 
@@ -129,87 +210,12 @@ def segment(sigma, steps):
     i = (t * N - 1e-4).ceil().clamp(min=1).minimum(N) - 1
     return (N * (N - 1) // 2 + i).long()
 
-def told(denoise, steps=None, **condition):
-    """D(x, sigma) that passes on `condition` (labels, text, ...) and, given N, the segment."""
-    def D(x, sigma):
-        where = {} if steps is None else {"segment": segment(sigma, steps)}
-        return denoise(x, sigma, **where, **condition)
-    return D
-
-def as_f(denoise, schedule=cosine, steps=None, **condition):
-    """The paper's f(z_t, t) from a denoiser D(x0 + sigma eps, sigma): D(z / alpha, sigma / alpha).
-
-    steps (N, or int64 [B]) and condition: see `told`.
-    """
-    D = told(denoise, steps, **condition)
-    def f(z, t):
-        alpha, sigma = at(schedule, t, z)
-        return D(z / alpha, (sigma / alpha).flatten())
-    return f
-
 def guided(f, f_uncond, weight):
-    """A teacher with classifier-free guidance for consistency_loss: (guided, conditional) x."""
+    """A teacher under classifier-free guidance (weight 0: none) -> x (guided, conditional)."""
     def teacher(z, t):
         x, x_uncond = f(z, t), f_uncond(z, t)
         return x + weight * (x - x_uncond), x
     return teacher
-
-# ---- The loss ------------------------------------------------------------------------------------
-
-def pseudo_huber(square, eps):
-    """sqrt(square + eps^2) - eps, without cancellation and with slope 0 at 0, also for eps = 0.
-
-    A norm where eps is small, a squared error over 2 eps where it is large.
-    """
-    return square / ((square + eps**2 + 1e-30) ** 0.5 + eps)
-
-def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
-    """Pseudo-Huber of the root mean square distance of two predictions in v-space, per sample [B].
-
-    Under variance preservation a difference in x is sigma times one in v, so the paper's weight
-    SNR + 1 = (alpha^2 + sigma^2) / sigma^2 stands inside the norm, as its square root. The mean,
-    where the paper sums, makes huber_eps the same for all sizes. With the data as target this is
-    the diffusion loss.
-    """
-    alpha, sigma = at(schedule, t, z_t)
-    v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
-    return pseudo_huber(mean_per_sample(v_difference**2), huber_eps)
-
-@torch.no_grad()
-def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
-    """What f(z_t, t) should say: the x that jumps from z_t to where the reference jumps from z_s.
-
-    Both jumps end on the segment's edge t_step. For s on the edge there is no jump left: the target
-    is inv_ddim(z_s), the diffusion target, eq. (8). The reference still runs, as the batch is one
-    tensor, but at t, because D(x, 0) need not exist.
-    """
-    on_edge = s <= t_step
-    x_ref = f_ref(z_s, torch.where(on_edge, t, s))
-    z_step = torch.where(per_sample(on_edge, z_s), z_s, ddim(x_ref, z_s, s, t_step, schedule))
-    return inv_ddim(z_step, z_t, t, t_step, schedule)
-
-def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_ref=None,
-                     x_var_frac=0.75, huber_eps=1e-4):
-    """Algorithm 1, per sample: data x [B, ...], noise eps like x, times [B] of draw_times -> [B].
-
-    teacher None     consistency training (MCT): the data itself leads from t to s.
-    teacher(z, t)    distillation (MCD): the teacher's prediction does. A guided teacher returns
-                     two, see `guided`: the first leads, the second tells the variance.
-    f_ref None       the reference is f, without gradient. TRACT (2303.04248): a teacher, and f_ref
-                     an average of f.
-    N = 1 (t_step = 0) is a consistency model's loss, T = N (s = t_step) a diffusion model's.
-    Gradients flow through f(z_t, t) only.
-    """
-    alpha_t, sigma_t = at(schedule, t, x)
-    z_t = alpha_t * x + sigma_t * eps
-    with torch.no_grad():
-        x_teacher = x if teacher is None else teacher(z_t, t)
-        x_teacher, x_mean = x_teacher if isinstance(x_teacher, tuple) else (x_teacher, x_teacher)
-        # How far the teacher's average is from the data tells what it lacks; the data lack nothing.
-        x_var = x_var_frac * mean_per_sample((x_mean - x) ** 2)
-        z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
-    target = consistency_target(f if f_ref is None else f_ref, z_s, z_t, t, s, t_step, schedule)
-    return v_loss(f(z_t, t), target, z_t, t, schedule, huber_eps)
 
 # ---- The dial in one dimension, as in Figure 1: everything above, used as train_cifar.py uses it -
 
@@ -229,7 +235,7 @@ def exact_denoise(x, sigma):
 class ToyDenoiser(nn.Module):
     """An MLP under EDM's preconditioning (sigma_data = 1), told its segment by an embedding that is
     zero at first, so that a diffusion model stays itself until it is tuned."""
-    def __init__(self, width=64, segments=36):
+    def __init__(self, width=32, segments=36):  # those of N = 1 .. 8
         super().__init__()
         self.embed = nn.Linear(22, width)
         self.segment = nn.Embedding(segments, width, _weight=torch.zeros(segments, width))
@@ -238,14 +244,14 @@ class ToyDenoiser(nn.Module):
     def forward(self, x, sigma, segment=None):
         sigma = sigma[:, None]
         scale = (sigma**2 + 1).rsqrt()
-        waves = torch.cat([1.5 * scale * x * torch.arange(1, 7),
+        waves = torch.cat([1.5 * scale * x * torch.arange(1, 7),  # Fourier features
                            sigma.atan() * torch.arange(1, 5)], 1)
         h = self.embed(torch.cat([scale * x, sigma.log() / 4, waves.cos(), waves.sin()], 1))
         if segment is not None:
             h = h + self.segment(segment)
         return scale**2 * x + sigma * scale * self.rest(h)
 
-def train_toy(net, loss_of, iterations=3000, batch=1024, lr=1e-2):
+def train_toy(net, loss_of, iterations=3000, batch=4096, lr=2e-2):
     """Adam on the mean of loss_of(x [B, 1], eps [B, 1], iteration, generator) -> [B]."""
     g = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(net.parameters(), lr)
@@ -257,8 +263,8 @@ def train_toy(net, loss_of, iterations=3000, batch=1024, lr=1e-2):
         optimizer.step()
     return net
 
-def toy(diffusion=None, steps=None, teacher=None, told=True):
-    """A copy of a diffusion model, tuned to each N in `steps`; without one, the diffusion model.
+def toy(diffusion=None, steps=(), teacher=None, told=True):
+    """Trains the diffusion model or, given one, tunes a copy to each N in `steps`.
 
     In one dimension the root "mean" square is |v|, of order 1: only a large huber_eps makes it a
     squared error, and anything else learns medians. No aDDIM: one element has no norm to speak of.
@@ -268,20 +274,20 @@ def toy(diffusion=None, steps=None, teacher=None, told=True):
     def loss_of(x, eps, i, g):
         if diffusion:
             N = torch.tensor(steps)[torch.randint(len(steps), (len(x),), generator=g)]
+            f = as_f(net, steps=N if told else None)
             times = draw_times(len(x), N, teacher_steps(i, 8, 128, 1500), g)
         else:  # from any t to s = t_step = 0: the target is the data
-            t = 1 - torch.rand(len(x), generator=g)
+            f, t = as_f(net), 1 - torch.rand(len(x), generator=g)
             times = t, 0 * t, 0 * t
-        f = as_f(net, steps=N if diffusion and told else None)
         return consistency_loss(f, x, eps, *times, teacher=teacher, x_var_frac=0.0, huber_eps=100.0)
     return train_toy(net, loss_of)
 
 @torch.no_grad()
 def jumps(f, z, steps):
-    """Algorithm 2 (sample.py has the full one) -> the path z at t = 1, 1 - 1/N, ..., 0."""
+    """Algorithm 2 (sample.py has the full one) -> the path: z at t = 1, 1 - 1/N, ..., 0."""
     path = [z]
     for i in range(steps, 0, -1):
-        t = torch.full((len(z),), i / steps)
+        t = z.new_full((len(z),), i / steps)
         path.append(ddim(f(path[-1], t), path[-1], t, t - 1 / steps))
     return path
 

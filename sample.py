@@ -6,8 +6,8 @@
     heun        D(x, sigma)  EDM Algorithm 1 without churn: second order, 2 steps - 1 evaluations
 
 All start from unit Gaussian noise [B, ...] and end in [-1, 1] (not clipped). The state is float64,
-as float32 errors add up at sigma = 80. f gets the dtype of the noise, D float64, which our networks
-cast. Labels, text, guidance belong to the callable. Noise can be passed in.
+as float32 errors add up at sigma = 80. f gets the dtype of the noise; D gets float64 and casts it
+to its own. Labels, text, guidance belong to the callable. Noise can be passed in.
 
     python sample.py CKPT --steps 2 --n 64 --out grid.png
     python sample.py CKPT --n 50000 --out samples.npz            # uint8 NHWC in arr_0, for fid.py
@@ -84,7 +84,7 @@ def generate(net, method, steps, z, sampler=None, segmented=False, **condition):
     else the network is to be given, as labels.
     """
     if method == "diffusion" and sampler == "heun":
-        return heun(mcm.told(net, **condition), z, steps).float()
+        return heun(mcm.conditioned(net, **condition), z, steps).float()
     if method == "diffusion":
         return (addim if sampler == "addim" else ddim)(mcm.as_f(net, **condition), z, steps)
     if method != "ect":
@@ -97,7 +97,7 @@ def generate(net, method, steps, z, sampler=None, segmented=False, **condition):
     g = torch.Generator(z.device).manual_seed(int(z.double().abs().sum() * 1e6))
     noise = torch.randn(steps, *z.shape, generator=g, device=z.device)
     sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else edges)]
-    return renoise(mcm.told(net, 1, **condition), z, sigmas, noise).float()
+    return renoise(mcm.conditioned(net, 1, **condition), z, sigmas, noise).float()
 
 def to_uint8(x):
     """[-1, 1] -> 0 .. 255, to the nearest: the inverse of v / 127.5 - 1 on all 256 levels."""

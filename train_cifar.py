@@ -7,10 +7,10 @@
 In reading order: settings, UNet (EDM's DDPM++), data, load_edm (EDM's published weights, opened
 safely), the step (what is drawn, which loss, which update), report, and last the plumbing.
 """
-import argparse, contextlib, copy, fcntl, io, json, operator, os, resource, signal, sys, time, types
+import argparse, contextlib, copy, fcntl, io, json, os, pickle, resource, signal, sys, time, types
 import warnings
 from pathlib import Path
-from pickletools import genops, markobject
+from pickletools import genops
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def settings(device):
     switch = dict(action=argparse.BooleanOptionalAction)
     add("steps", "sampling steps to tune for; several: one network for all", [2], 1, 64, nargs="+")
     add("method", "consistency training, distillation, or Easy Consistency Tuning", "mct",
-        choices=("mct", "mcd", "ect"))
+        choices=("mct", "mcd", "ect"))  # another: see draw, step_loss and sample.generate
     add("data", "auto (CIFAR-10, else shapes), cifar10, shapes, an image folder or .npz", "auto")
     add("classes", "give the network the class labels", False, **switch)
     add("guidance", "mcd: the teacher's guidance weight, needs --classes", 0.0, 0, 100.0)
@@ -66,10 +66,10 @@ def settings(device):
     add("width", "channels of the network, if not its own", type=int,
         choices=(16, 32, 64, 96, 128, 192, 256))
     add("T", "teacher steps, first and last", None, 1, 1e6, nargs=2)
-    add("huber-eps", "1e-4: a norm, for long runs; 1: squared error", None, 0, 1e6)
+    add("huber-eps", "mct, mcd: 1e-4, a norm, for long runs; 1, squared error", None, 0, 1e6)
     add("q", "ect: r approaches t by this factor from stage to stage", None, 1.001, 1e6)
     add("double-every", "ect: iterations per stage; 0: one stage", None, 0, 10**9)
-    add("ect-c", "ect: c of the pseudo-Huber norm of an image", None, 0, 1e6)
+    add("ect-c", "ect: c of the pseudo-Huber norm of an image in x", None, 0, 1e6)
     add("segmented", "ect: a consistency function for each step, not one in all", False, **switch)
     add("precision", "of the network", choices=("fp16", "tf32", "bf16", "fp32"))
     add("compile", "torch.compile the step", **switch)
@@ -205,7 +205,10 @@ class DDPMpp(nn.Module):
         return F.pixel_shuffle(x, self.patch)
 
 class UNet(nn.Module):
-    """D(x, sigma) under EDM's preconditioning, sigma_data = 0.5; the same in train and eval."""
+    """D(x, sigma) under EDM's preconditioning, sigma_data = 0.5, the same in train() and eval().
+
+    Another network needs the same forward, .arguments to rebuild it, .half and .load.
+    """
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, **more):  # more: see DDPMpp
         super().__init__()
         self.arguments = {"classes": 0, "resolution": 32, **more,
@@ -286,98 +289,89 @@ def load_data(spec):
 EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
        "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da")
 
-# EDM's and ECT's weights are pickles: programs that import and call. So nothing here unpickles:
-# EDMReader turns opcodes into dicts, lists, plain values and tensors, with stubs of its own for the
-# few names that such files import. All else is refused; source code in a file is a mere string.
-PUSHES = {  # what opcodes put on the stack, given their argument and what they take from there
-    "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
-    "NONE NEWTRUE NEWFALSE": lambda arg: arg,  # None for booleans: nothing here needs one
-    "EMPTY_LIST EMPTY_SET EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3": lambda _, *items: [*items],
-    "EMPTY_DICT": lambda _: {}, "APPEND APPENDS": lambda _, old, *new: operator.iadd(old, new),
-    "SETITEM SETITEMS": lambda _, old, *new: operator.ior(  # str only: other keys can collide
-        old, dict(zip(map(str.__str__, new[::2]), new[1::2]))),
-    "GLOBAL STACK_GLOBAL": lambda name, *words: EDMReader.stubs[name or " ".join(words)],
-    "BUILD": lambda _, module, state: {"state": state}, "BINPERSID STOP": lambda _, value: value}
-PUSHES = {op: push for ops, push in PUSHES.items() for op in ops.split()}
+# EDM's and ECT's weights are pickles: programs that import and call. This one imports nothing. Each
+# name that such files import stands for a function below or an inert Object, any other is refused,
+# as are opcodes that no such file needs; source code in a file is a mere string.
+OPCODES = b"\x80\x95\x94.(0JKM\x8aGX\x8cBCN\x88\x89]ae)t\x85\x86\x87}su\x8fc\x93R\x81bhjqr"
+INERT = ("collections OrderedDict", "torch.nn.modules.container ModuleDict", "numpy dtype",
+         "numpy.core.multiarray scalar", "numpy._core.multiarray scalar", "builtins set",
+         "builtins getattr")
 FIXED = dict(embedding_type="positional", resample_filter=[1, 1], sigma_data=0.5, net="EDMPrecond")
 
-class EDMReader:
-    left = 850 << 20  # bytes, each opcode counting 4,000; EDM's CIFAR-10 network takes 730 MB
-    def spend(self, size):  # so time and memory end, whatever a file claims, shares or nests
-        self.left -= 4000 + size
+class Object(dict):
+    """Stands for any dict, and for an object of any class, whose state it keeps and no more."""
+    def __init__(self, *ignored):
+        super().__init__()
+    def __setitem__(self, key, value):  # of str only: other keys can be made to collide
+        super().__setitem__(str.__str__(key), value)
+    def __setstate__(self, state):
+        self["state"] = state
+
+def counted(run):
+    def operation(unpickler):
+        unpickler.spend(5)
+        run(unpickler)
+    return operation
+
+class EDMUnpickler(pickle._Unpickler):  # Python's, as C's lets 5 bytes claim 16 GB
+    left = 2 * 10**6  # about microseconds, so that every file ends; EDM's CIFAR-10 network takes 3/4
+    def spend(self, cost):
+        self.left -= cost
         if self.left < 0:
             raise ValueError("larger than any published network")
-    def run(self, stream):
-        stack, marks, memo = [], [], {}
-        for opcode, arg, _ in genops(stream):
-            self.spend(sys.getsizeof(arg))
-            op, needs = opcode.name, opcode.stack_before
-            start = (marks.pop() - needs.index(markobject) if markobject in needs
-                     else len(stack) - len(needs))
-            taken, stack[start:] = stack[start:], []
-            if op == "MARK":
-                marks.append(len(stack))
-            elif op in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[arg])
-            elif op in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-                stack += taken
-                memo[len(memo) if arg is None else arg] = stack[-1]
-            elif op in ("REDUCE", "NEWOBJ"):
-                stack.append(taken[0](self, *taken[1][:4]))
-            elif op not in ("PROTO", "FRAME", "POP"):
-                stack.append(PUSHES[op](arg, *taken))
-        return stack[-1]
+    dispatch = {op: counted(run) for op, run in pickle._Unpickler.dispatch.items() if op in OPCODES}
+    dispatch[pickle.EMPTY_DICT[0]] = counted(lambda self: self.append(Object()))
+    dispatch[pickle.EMPTY_SET[0]] = counted(lambda self: self.append(None))
+    def find_class(self, module, name):
+        return {**dict.fromkeys(INERT, Object),
+                "torch_utils.persistence _reconstruct_persistent_obj": lambda kept: kept,
+                "torch._utils _rebuild_parameter": lambda tensor, *rest: tensor,
+                "torch._utils _rebuild_tensor_v2": self.tensor,
+                "torch.storage _load_from_bytes": self.floats}[f"{module} {name}"]
     def floats(self, payload):
-        stream = io.BytesIO(payload)  # torch.save's of old: five pickles, the data's length, data
-        for _ in range(5):  # `stubs` has no storage but FloatStorage
-            self.run(stream)
-        return memoryview(payload)[stream.tell() + 8:]
-    def tensor(self, data, offset, size, stride):
-        self.spend(memoryview(data).nbytes)
-        weight = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(size[:9])
-        if [offset, stride] != [0, [*weight.stride()]]:
+        """torch.save's bytes of old: five pickles (not run, only looked at), a length, the data."""
+        self.spend(500 + len(payload) // 250)
+        head = io.BytesIO(payload[:1000])
+        names = [arg for _ in range(5) for op, arg, _ in genops(head) if op.name == "GLOBAL"]
+        if names != ["torch FloatStorage"]:
+            raise ValueError(f"a storage of {names}")
+        return torch.frombuffer(bytearray(payload[head.tell() + 8:]), dtype=torch.float32)
+    def tensor(self, data, offset, size, stride, *rest):
+        weight = data.view(size)
+        if (offset, stride) != (0, weight.stride()):
             raise ValueError("a weight is not the whole of its storage in order")
         return weight
-    stubs = {
-        "torch_utils.persistence _reconstruct_persistent_obj,torch._utils _rebuild_parameter,"
-        "torch FloatStorage,numpy.core.multiarray scalar,numpy._core.multiarray scalar,"
-        "numpy dtype,builtins set,builtins getattr": lambda self, first, *rest: first,
-        "collections OrderedDict,torch.nn.modules.container ModuleDict": lambda self: {},
-        "torch.storage _load_from_bytes": floats, "torch._utils _rebuild_tensor_v2": tensor}
-    stubs = {name: stub for names, stub in stubs.items() for name in names.split(",")}
     def weights(self, module, prefix=""):
         for kind in ("_parameters", "_buffers", "_modules"):  # the order of torch's state_dict
             for name, value in module["state"][kind].items():
-                self.spend(99 * sys.getsizeof(prefix + name))
-                if type(value) is dict:
+                self.spend(10 + len(prefix + name))
+                if type(value) is Object:
                     yield from self.weights(value, prefix + name + ".")
                 elif type(value) is torch.Tensor:
                     yield prefix + name, value
-    def network(self, stream):  # arguments not looked at show in the weights' names or shapes
-        ema = self.run(stream)["ema"]
+    def network(self):
+        """-> weights by name, arguments for UNet. Those not looked at show in names or shapes."""
+        ema = self.load()["ema"]
         given = ema["state"]["_modules"]["model"]["state"]["_init_kwargs"]
         found = {**FIXED, **given, **ema["state"], "net": ema["class_name"].replace("ECM", "EDM")}
-        kwargs = dict(mult=tuple(given["channel_mult"][:9]), dropout=float(given["dropout"]),
-                      width=given["model_channels"], blocks=given.get("num_blocks", 4),
+        mult, dropout = tuple(given["channel_mult"]), float(given["dropout"])
+        counts = dict(width=given["model_channels"], blocks=given.get("num_blocks", 4),
                       classes=given["label_dim"], augment_dim=given.get("augment_dim", 0),
                       resolution=given["img_resolution"])
-        mult, dropout, *counts = kwargs.values()
-        if (any(type(n) is not int or not 0 <= n <= 1024 for n in (*mult, *counts))
-                or kwargs["blocks"] > 32 or not 0 <= dropout < 1 or {**found, **FIXED} != found):
+        if (any(type(n) is not int or not 0 <= n <= 1024 for n in (*mult, *counts.values()))
+                or any(found[key] != value for key, value in FIXED.items())
+                or len(mult) > 9 or counts["blocks"] > 32 or not 0 <= dropout < 1):
             raise ValueError(f"ours has {FIXED} and modest sizes")
-        return dict(self.weights(ema)), kwargs
+        return dict(self.weights(ema)), dict(counts, mult=mult, dropout=dropout)
 
 def load_edm(path):
     """EDM's or ECT's pickle -> (the state dict of its EMA, the arguments for UNet)."""
     with open(path, "rb") as file:
-        limited = types.SimpleNamespace(read=lambda size: file.read(min(size, 16 << 20)),
-                                        readline=lambda: file.readline(200))
         try:
-            return EDMReader().network(limited)
+            return EDMUnpickler(file).network()
         except Exception as error:  # whatever the bytes led to, it is the file that is wrong
             raise UserError(f"{path}: not a network of EDM or ECT that fits ours (download it "
                             f"again or give another --init): {error!r:.300}") from error
-
 
 # ---- One step: what is drawn, which loss, which update -------------------------------------------
 
@@ -386,7 +380,8 @@ PHASES = ("pretrain", "tune")
 def draw(run, phase, step):
     """The random part of a step, a function of (seed, phase, step) alone: a dict of [B, ...].
 
-    Every process draws the whole batch and keeps its part: a run does not depend on their number.
+    Every process draws the whole batch and keeps its part: a run does not depend on their number,
+    and on the CPU it repeats bit for bit.
     """
     c, device, images = run.c, run.device, run.data.images
     words = np.random.SeedSequence([c.seed, PHASES.index(phase), step]).generate_state(1, np.uint64)
@@ -401,7 +396,7 @@ def draw(run, phase, step):
         b["t"] = torch.rand(c.batch, **on)
     elif c.method == "ect":
         b["t"] = ect.draw_t(c.batch, **on)
-    else:
+    elif c.method in ("mct", "mcd"):
         b["N"] = run.steps[torch.randint(len(c.steps), (c.batch,), **on)]
         T = mcm.teacher_steps(step, *c.T, anneal=c.iters / 2)
         b["t"], b["s"], b["t_step"] = mcm.draw_times(c.batch, b["N"], T, **on)
@@ -416,7 +411,8 @@ def step_loss(net, teacher, c, phase, stage, edges, x, eps, seed, t, N=None, s=N
         z_t = alpha * x + sigma * eps
         return mcm.v_loss(mcm.as_f(net, seed=seed, **labels)(z_t, t), x, z_t, t, huber_eps=1.0)
     if c.method == "ect":
-        denoise = mcm.told(net, c.steps[0] if c.segmented else 1, seed=seed, **labels)
+        N = c.steps[0] if c.segmented else 1
+        denoise = mcm.conditioned(net, N, seed=seed, **labels)
         return ect.ect_loss(denoise, x, eps, t, stage, q=c.q, c=c.ect_c, edges=edges)
     leads = mcm.as_f(teacher, **labels) if c.method == "mcd" else None
     if c.guidance:
@@ -452,7 +448,7 @@ class Trainer:
         """Adds up gradients, over parts and processes -> losses [this process's images]."""
         c, run, parts, losses = self.run.c, self.run, self.run.c.accum * self.run.world, []
         stage = torch.full((), ect.stage(step, c.double_every), device=run.device)
-        for i in range(run.rank, parts, run.world):
+        for i in range(run.rank * c.accum, (run.rank + 1) * c.accum):
             part = {key: value.chunk(parts)[i] for key, value in batch.items()}
             loss = self.loss(self.net, self.teacher, c, self.phase, stage, self.edges, **part)
             self.scaler.scale(loss.mean() / parts).backward()
@@ -465,7 +461,7 @@ class Trainer:
                 g.copy_(summed.view_as(g))
         return torch.cat(losses)
     def update(self, step):
-        """Optimizer and average, whose memory is short at first, so that it forgets the start."""
+        """Optimizer and average, whose decay rises from 0.1, so that it forgets the start."""
         rate = self.lr * rectification(step + 1) * (1 - step / self.iters)
         self.optimizer.param_groups[0]["lr"] = rate
         self.scaler.step(self.optimizer)
@@ -697,7 +693,7 @@ def diffusion_model(run, net):
     if run.rank == 0 and not own.exists():
         run.save("diffusion.pt", net, "pretrain")
     net.half = HALF.get(c.precision)
-    return net.requires_grad_(False).to(memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 def open_folder(out):
     """Make --out ours alone -> its latest checkpoint (or {}), the lock (the system drops it)."""
