@@ -82,7 +82,6 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
 
 def main(arguments=None, n=100_000):
     argparse.ArgumentParser("ect.py", argparse.SUPPRESS, __doc__[:24]).parse_args(arguments)
-    torch.set_num_threads(1)  # the MLP is too small to share
     t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
     print("t              ", *(f"{value:9.4g}" for value in t))
     for q, s in [(2, 0), (2, 1), (2, 3), (2, 5), (2, 7), (256, 0)]:

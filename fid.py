@@ -72,7 +72,7 @@ class InceptionFID(torch.fx.GraphModule):
         net = inception_v3(num_classes=1008, aux_logits=False, init_weights=False).eval()
         super().__init__(net, torch.fx.Tracer().trace(net))
         *averages, last = [n for n in self.graph.nodes if n.target is nn.functional.avg_pool2d]
-        last.target = nn.functional.max_pool2d
+        last.target = nn.functional.max_pool2d  # in Mixed_7c
         for node in averages:
             node.update_kwarg("count_include_pad", False)
         *_, fc, output = self.graph.nodes
@@ -130,8 +130,8 @@ class Statistics:
         return self.merge(Statistics(len(x), x.mean(0), len(x) * x.T.cov(correction=0)))
     def merge(self, other):  # Chan's formula: only deviations are squared, so no digits cancel
         n, gap = self.n + other.n, other.mean - self.mean
-        between = self.n * other.n / n * torch.outer(gap, gap)
-        self.__init__(n, self.mean + other.n / n * gap, self.scatter + other.scatter + between)
+        self.scatter = self.scatter + other.scatter + self.n * other.n / n * torch.outer(gap, gap)
+        self.n, self.mean = n, self.mean + other.n / n * gap
         return self
 
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -154,8 +154,9 @@ def evaluate(batches, extractor, total=0):
     for images in filter(len, batches):
         statistics.update(extractor(images))
         n, t = statistics.n, time.perf_counter() - start
-        left = f"{n} of {total}, {n / t:.0f} images/s, {(total - n) * t / n:.0f} s left   \r"
-        print(left * (total > 0 and sys.stderr.isatty()), end="", file=sys.stderr)
+        if total and sys.stderr.isatty():
+            left = f"{n} of {total}, {n / t:.0f} images/s, {(total - n) * t / n:.0f} s left"
+            print(left, end="   \r", file=sys.stderr)
     return statistics
 
 def read(source="cifar10"):
@@ -223,7 +224,7 @@ def main(arguments=None):
     result = dict(metric=metric_name(extractor.name, fake.n),
                   value=round(frechet_distance(fake.mean, fake.cov, real.mean, real.cov), 4),
                   n=fake.n, features=extractor.name, reference=args.b, floor=floor, floor_n=floor_n,
-                  warning="too large by about the floor: n < d" * (fake.n < len(fake.mean)))
+                  warning="too large by about the floor: n < d" if fake.n < len(fake.mean) else "")
     print(json.dumps(result) if args.json else ", ".join(f"{k} {v}" for k, v in result.items()))
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def load(name):
     return {k: v if v.dtype.kind == "U" else torch.tensor(v) for k, v in arrays}
 
 def small_net(**more):  # a network away from the zeros that it starts with
-    net = train_cifar.UNet(16, (1,), 1, resolution=8, attention=(), **more)
+    net = train_cifar.UNet(16, (1,), 1, **{"resolution": 8, "attention": (), **more})
     torch._foreach_add_([p.data for p in net.parameters()], 0.05)
     return net
 
@@ -455,6 +455,15 @@ def test_a_run_that_died_and_went_on_is_the_run_that_did_not(tiny, method, monke
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
     train_cifar.main([*tiny, "torn", *method, "--profile"])
     assert "0 host synchronisations in 20 steps, 0 graph breaks" in capsys.readouterr().out
+
+def test_a_model_from_a_pickle_teaches_without_its_dropout(tiny, monkeypatch):
+    net, modes = small_net(resolution=16, dropout=0.5), []
+    monkeypatch.setattr(train_cifar, "load_edm", lambda path: (net.state_dict(), net.arguments))
+    monkeypatch.setattr(train_cifar, "report", lambda run, extractor, *nets: modes.extend(
+        net.training for net in nets))
+    np.savez("few.npz", arr_0=np.zeros((64, 16, 16, 3), np.uint8))
+    train_cifar.main([*tiny, "run", "--method", "mcd", "--init", "net.pkl"])
+    assert modes == [False, False]
 
 def test_two_processes_are_one(tiny):
     train_cifar.main([*tiny, "one", "--steps", "1", "2"])

@@ -281,8 +281,10 @@ def load_data(spec):
     if height != width or height % 16 or n < 8:
         raise UserError(f"--data {spec}: {n} images of {width}x{height}; give at least 8, square, "
                         "with a side that 16 divides")
+    if not classes and labels.any():
+        classes = [*range(labels.max() + 1)]
     return types.SimpleNamespace(name=Path(spec).resolve().stem, images=images, labels=labels,
-                                 classes=classes or [*range(labels.max() + 1)] * bool(labels.any()))
+                                 classes=classes)
 
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
 
@@ -314,7 +316,7 @@ def counted(run):
     return operation
 
 class EDMUnpickler(pickle._Unpickler):  # Python's, as C's lets 5 bytes claim 16 GB
-    left = 2 * 10**6  # about microseconds, so that every file ends; EDM's CIFAR-10 network takes 3/4
+    left = 2 * 10**6  # microseconds, about: every file ends. EDM's CIFAR-10 network takes 3/4
     def spend(self, cost):
         self.left -= cost
         if self.left < 0:
@@ -427,8 +429,10 @@ def rectification(step, beta=0.999):
     one difference: RAdam's first five steps are momentum SGD, ours are nothing.
     """
     limit = 2 / (1 - beta) - 1
-    rho = max(5.0, limit - 2 * step / (beta**-step - 1))
-    return ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5 * (rho > 5)
+    rho = limit - 2 * step / (beta**-step - 1)
+    if rho <= 5:
+        return 0.0
+    return ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
 
 class Trainer:
     """A network in training, its average, its optimizer, the fp16 loss scale."""
@@ -493,9 +497,10 @@ def report(run, extractor, diffusion, tuned):
         f"of {floor_n} real images are {floor:.4f} apart\n"
         f"{'model':<10} {'steps':>5} {'evaluations':>11} {'distance':>10} {'images/s':>9}")
     many = ("diffusion", c.many, "heun")  # at its best
-    for row in [*((model, N, "ddim") for model in ("diffusion", "tuned") for N in c.steps), many]:
-        (model, N, sampler), start = row, time.time()
-        made = fid.evaluate((sample.to_uint8(samples(*row, i, min(i + 500, n)))
+    for model, N, sampler in [*(("diffusion", N, "ddim") for N in c.steps),
+                              *(("tuned", N, "ddim") for N in c.steps), many]:
+        start = time.time()
+        made = fid.evaluate((sample.to_uint8(samples(model, N, sampler, i, min(i + 500, n)))
                              for i in range(0, n, 500)), extractor)
         rows.append(dict(
             model=model, method=c.method if model == "tuned" else "diffusion", steps=N,
@@ -620,28 +625,26 @@ class Run:
         return given
     def restore(self, trainer):
         """Take up latest.pt if it is of this phase -> iterations done."""
-        state = self.saved if self.saved.get("phase") == trainer.phase else {"step": 0}
-        for name in ("net", "ema", "optimizer", "scaler") if state["step"] else ():
-            getattr(trainer, name).load_state_dict(state[name])
-        say(f"{trainer.phase}: {trainer.iters} iterations, {state['step']} of them done")
-        self.recent, self.first, self.start = state.get("recent", []), state["step"], time.time()
-        for number in (signal.SIGINT, signal.SIGTERM) if self.world == 1 else ():
-            signal.signal(number, lambda number, frame: setattr(self, "stop", number))
+        self.recent, self.first, self.start = [], 0, time.time()
+        if self.saved.get("phase") == trainer.phase:
+            self.recent, self.first = self.saved["recent"], self.saved["step"]
+            for name in ("net", "ema", "optimizer", "scaler"):
+                getattr(trainer, name).load_state_dict(self.saved[name])
+        say(f"{trainer.phase}: {trainer.iters} iterations, {self.first} of them done")
+        if self.world == 1:
+            for caught in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(caught, lambda number, frame: setattr(self, "stop", number))
         return self.first
     def tick(self, trainer, step, losses):
         """After each step: log, save, stop. The host waits for the device here and nowhere else."""
         c, phase, last = self.c, trainer.phase, step == trainer.iters
+        logs = last or step % c.log_every == 0
+        saves = last or step % c.save_every == 0 or self.stop
         self.recent.append(losses)
-        logs, saves = (last or step % every == 0 for every in (c.log_every, c.save_every))
-        if not (logs or saves or self.stop):
+        if not (logs or saves):
             return
-        self.recent = [losses.cpu() for losses in self.recent]
-        for i, losses in enumerate(self.recent):
-            for j in (~losses.isfinite()).nonzero().flatten().tolist():
-                at, j = step - len(self.recent) + i, j + self.rank * len(losses)
-                drawn = {k: v[j].item() for k, v in draw(self, phase, at).items() if v.ndim == 1}
-                sys.exit(f"error: loss not finite in {phase} iteration {at}, sample {j}, {drawn}; "
-                         "the last checkpoint is kept: try a smaller --lr, or --precision fp32")
+        self.recent = [each.cpu() for each in self.recent]
+        self.check(phase, step - len(self.recent))
         if logs:
             speed = (step - self.first) * c.batch / (time.time() - self.start)
             left = int((trainer.iters - step) * c.batch / speed)
@@ -650,14 +653,14 @@ class Run:
                                  images_per_second=speed, skipped=skipped))
             self.recent = []
             say(f"{phase} {step}  loss {self.log[-1]['loss']:.5f}  {speed:.0f} images/s  "
-                f"{left // 60}:{left % 60:02} left  {f'{skipped} skipped' * bool(skipped)}")
+                f"{left // 60}:{left % 60:02} left", f" {skipped} skipped" if skipped else "")
             if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < 1:
                 sys.exit(f"error: fp16 overflows at every loss scale, {skipped} steps were skipped;"
                          " the last checkpoint is kept: try --precision bf16")
         if self.rank == 0:
             lines = "".join(json.dumps(row) + "\n" for row in self.log)
             write(self.out / "metrics.jsonl", lambda path: path.write_text(lines))
-        if (saves or self.stop) and self.rank == 0:
+        if saves and self.rank == 0:
             self.save("latest.pt", trainer.ema, phase, step=step, recent=self.recent, log=self.log,
                       **{name: getattr(trainer, name).state_dict()
                          for name in ("net", "optimizer", "scaler")})
@@ -672,6 +675,16 @@ class Run:
         if last:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def check(self, phase, first):
+        """Stops at a loss that is not finite, and says what was drawn for it."""
+        for i, losses in enumerate(self.recent):
+            for j in (~losses.isfinite()).nonzero().flatten().tolist():
+                j += self.rank * len(losses)
+                drawn = draw(self, phase, first + i).items()
+                drawn = {name: value[j].item() for name, value in drawn if value.ndim == 1}
+                sys.exit(f"error: loss not finite in {phase} iteration {first + i}, sample {j}, "
+                         f"{drawn}; the last checkpoint is kept: try a smaller --lr, or "
+                         "--precision fp32")
     def save(self, name, ema, phase, **more):
         method = "diffusion" if phase == "pretrain" else self.c.method
         state = dict(ema=ema.state_dict(), arguments=ema.arguments, method=method, phase=phase,
@@ -712,7 +725,7 @@ def open_folder(out):
 def main(arguments=None):
     parser = settings("cuda" if torch.cuda.is_available() else "cpu")
     c = parser.parse_args(arguments)
-    parser.set_defaults(**PRESETS[c.device])
+    parser.set_defaults(**PRESETS[c.device])  # read again, now that the device is known
     c = parser.parse_args(arguments)
     if c.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; use --device cpu")
@@ -741,11 +754,11 @@ def main(arguments=None):
     saved, lock = open_folder(Path(c.out))
     frozen = {k: v for k, v in saved.get("config", {}).items() if k not in FREE}
     parser.set_defaults(**frozen)  # what is not given now is as it was
-    now = dict(vars(parser.parse_args(arguments)), data=c.data)
+    asked = dict(vars(parser.parse_args(arguments)), data=c.data)
     for key, was in frozen.items():
-        if now[key] != was:
+        if asked[key] != was:
             parser.error(f"--{key.replace('_', '-')}: {c.out} was begun with {was}, not "
-                         f"{now[key]}: leave that as it was, or choose another --out")
+                         f"{asked[key]}: leave that as it was, or choose another --out")
     vars(c).update(frozen)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("nccl" if c.device == "cuda" else "gloo")
