@@ -86,11 +86,9 @@ def main(arguments=None, n=100_000):
     print("t              ", *(f"{value:9.4g}" for value in t))
     for q, s in [(2, 0), (2, 1), (2, 3), (2, 5), (2, 7), (256, 0)]:
         print(f"r, q {q:>3} stage {s}", *(f"{value:9.4g}" for value in t_to_r(t, s, q)))
-    g = torch.Generator().manual_seed(1)
-    truth, noise = mcm.mixture(n, g), torch.randn(2, n, 1, generator=g)
-    diffusion = mcm.toy()
-    print(f"Wasserstein-1 distance to {n} draws of the truth; of {n} others: "
-          f"{mcm.distance(mcm.mixture(n, g), truth):.4f}")
+    (z, truth), diffusion = mcm.quantiles(n), mcm.toy()
+    fresh = torch.randn(n, 1, generator=torch.Generator().manual_seed(1))
+    print("Wasserstein-1 distance to the truth, as in mcm.py")
     for N in (1, 2):
         net, edges = copy.deepcopy(diffusion), default_edges(N)
         D = mcm.conditioned(net, N)
@@ -100,12 +98,12 @@ def main(arguments=None, n=100_000):
             return ect_loss(D, x, eps, t, stage(i, 400), c=100.0, edges=edges)
         mcm.train_toy(net, loss_of)
         with torch.no_grad():
-            x = D(80 * noise[0], torch.full((n,), 80.0))
+            x = D(80 * z, torch.full((n,), 80.0))
             if N == 1:
                 print(f"ECT, 1 segment, 1 step: {mcm.distance(x, truth):.4f}")
-                x = D(x + MID_SIGMA * noise[1], torch.full((n,), MID_SIGMA))
+                x = D(x + MID_SIGMA * fresh, torch.full((n,), MID_SIGMA))
             else:
-                x = D(mcm.ddim(x, 80 * noise[0], 80.0, edges.item(), mcm.edm), edges.expand(n))
+                x = D(mcm.ddim(x, 80 * z, 80.0, edges.item(), mcm.edm), edges.expand(n))
         print(f"ECT, {N} segment{'s' * (N - 1)}, 2 steps: {mcm.distance(x, truth):.4f}")
 
 if __name__ == "__main__":
