@@ -9,6 +9,7 @@ All start from unit Gaussian noise [B, ...] and end in [-1, 1] (not clipped). Th
 as float32 errors add up at sigma = 80. f gets the dtype of the noise; D gets float64 and casts it
 to its own. Labels, text, guidance belong to the callable. Noise can be passed in.
 
+    python sample.py --steps 2                                   # a model that comes with the code
     python sample.py CKPT --steps 2 --n 64 --out grid.png
     python sample.py CKPT --n 50000 --out samples.npz            # uint8 NHWC in arr_0, for fid.py
 """
@@ -119,7 +120,8 @@ def save_grid(x, path, columns, labels=()):
 def main(arguments=None):
     from train_cifar import load_checkpoint, number, write
     parser = fid.Parser(prog="sample.py", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="latest.pt or diffusion.pt of a run")
+    parser.add_argument("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
+                        help="latest.pt or diffusion.pt of a run; default: shapes, 1 2 4 8 steps")
     parser.add_argument("--steps", type=number(int, 1, 1000), help="default: as trained")
     parser.add_argument("--n", type=number(int, 1, 10**7), default=64, help="how many")
     parser.add_argument("--out", default="samples.png", help="a .png grid, or .npz (arr_0, NHWC)")
@@ -145,15 +147,15 @@ def main(arguments=None):
         parser.error(f"--steps {steps}: {args.checkpoint} was trained for {config['steps']}")
     if label is not None and label >= classes:
         parser.error(f"--class-label {label}: {args.checkpoint} knows {classes} classes")
-    side, parts = net.arguments["resolution"], []
+    net.compile(disable=args.device == "cpu")
+    side, x = net.arguments["resolution"], []
     z = torch.randn(args.n, 3, side, side, generator=torch.Generator().manual_seed(args.seed))
-    index = torch.full((args.n,), label) if label is not None else torch.arange(args.n) % max(
-        classes, 1)
-    for noise, c in zip(z.split(args.batch), index.split(args.batch)):
+    index = torch.arange(args.n) % max(classes, 1) if label is None else torch.tensor(label)
+    for noise, c in zip(z.split(args.batch), index.expand(args.n).split(args.batch)):
         labels = F.one_hot(c, classes).float().to(args.device) if classes else None
-        parts.append(generate(net, method, steps, noise.to(args.device), args.sampler or "heun",
-                              segmented, labels=labels).cpu())
-    x = torch.cat(parts)
+        x.append(generate(net, method, steps, noise.to(args.device), args.sampler or "heun",
+                          segmented, labels=labels).cpu())
+    x = torch.cat(x)
     if out.suffix == ".npz":
         images = to_uint8(x).permute(0, 2, 3, 1).numpy()
         write(out, lambda path: np.savez(path, arr_0=images))

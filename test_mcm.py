@@ -1,12 +1,13 @@
 """Tests: limits and closed forms, the peers' own numbers, the programs as a user runs them."""
-import collections, fcntl, gc, hashlib, http.server, itertools, json, math, os, pickle, resource
-import signal, socket, subprocess, sys, threading, time, types, zlib
+import collections, fcntl, gc, hashlib, http.server, itertools, json, math, os, pickle, re, resource
+import shlex, signal, socket, subprocess, sys, threading, time, types, warnings, zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy import allclose
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import ect, fid, mcm, sample, train_cifar
@@ -541,9 +542,9 @@ train --data ok.npz --features text.npz > text.npz, train --segmented --method e
 train --width 48, train --net big, train --fd-samples 1, train --q 0, train --guidance 1
 train --data ok.npz --classes > --classes, train --data ok.npz --init text.pkl > text.pkl
 train --data ü.npz > ü.npz, sample ü.pt > ü.pt
-sample > checkpoint, sample nowhere.pt > nowhere.pt, sample text.npz > text.npz, sample x --steps 0
-sample x --n 0, sample x --out x.jpg, sample x --out no/where.png, sample x --sampler euler
-sample x --device cuda, sample x --class-label -1, fid > a, fid ok.npz > b
+sample x.pt y.pt > y.pt, sample nowhere.pt > nowhere.pt, sample text.npz > text.npz
+sample x --steps 0, sample x --n 0, sample x --out x.jpg, sample x --out no/where.png
+sample x --sampler euler, sample x --device cuda, sample x --class-label -1, fid > a, fid ok.npz > b
 fid nowhere ok.npz > nowhere, fid ok.npz nowhere > nowhere, fid ok.npz ok.npz --n 1
 fid ok.npz ok.npz --batch 0, fid text ok.npz --features random > a.png, mcm --out no/where.png
 fid ok.npz ok.npz --features dog > dog, fid ok.npz ok.npz --weights nowhere > nowhere
@@ -573,9 +574,42 @@ def test_bad_input_is_one_line(line, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and named in error
     assert len(error.splitlines()) == 1 and sorted(Path().rglob("*")) == before
 
+README = (HERE / "README.md").read_text()
+
 def test_readme_snippets():
-    text = (HERE / "README.md").read_text()
-    for block in text.split("```python\n")[1:]:
+    for block in README.split("```python\n")[1:]:
         names = {}
         exec(block.split("```")[0], names)
         assert names["loss"].isfinite().all()
+
+def test_readme_commands(tiny, monkeypatch):
+    """Each as it stands there, one after the other, with options behind it that make it small."""
+    few, small = train_cifar.shapes(64, 16), tiny[2:-1]
+    def offline(*_):
+        raise fid.UserError("no network")
+    monkeypatch.setattr(fid, "fetch", offline)
+    monkeypatch.setattr(train_cifar, "shapes", lambda: few)
+    monkeypatch.setattr(mcm.train_toy, "__defaults__", (2, 8, 1e-2))
+    for folder in ("FOLDER", "assets", "data"):
+        Path(folder).mkdir()
+    for i, image in enumerate(few[0].permute(0, 2, 3, 1)):
+        Image.fromarray(image.numpy()).save(f"FOLDER/{i}.png")
+    with warnings.catch_warnings(action="ignore"):
+        features = torch.jit.trace(lambda x: x[:, :, 0, :3].flatten(1).float(), few[0])
+    features.save("resnet56_cifar10.ts")
+    digest = fid.feature_extractor("random").hash
+    np.savez(f"data/fid-cifar10-train-16-{digest}.npz", mu=np.zeros(36), sigma=np.eye(36))
+    done = []
+    for line in re.findall(r"(?:^|`)python ((?!-m)[^`]+?)(?: +#.*)?(?:$|`)", README, re.M):
+        program, *arguments = shlex.split(line)
+        if program == "-c":
+            exec(arguments[0], {})
+        elif program in ("mcm.py", "ect.py"):
+            {"mcm.py": mcm, "ect.py": ect}[program].main(arguments, 6000)
+        else:
+            more = {"train_cifar.py": small, "sample.py": ["--n", "16"],
+                    "fid.py": ["--features", "random"]}[program]
+            {"train_cifar.py": train_cifar, "sample.py": sample, "fid.py": fid}[program].main(
+                arguments + more)
+        done.append(line)
+    assert len(done) > 12 and Path("assets/dial.pt").exists()

@@ -489,6 +489,8 @@ def report(run, extractor, diffusion, tuned):
     c, n, rows = run.c, run.c.fd_samples, []
     real, floor, floor_n = fid.reference(run.data.images, extractor, n)
     metric = fid.metric_name(extractor.name, n)
+    for net in (diffusion, tuned):
+        net.compile(disable=not c.compile)
     def samples(model, N, sampler, first, last):
         net, method = (tuned, c.method) if model == "tuned" else (diffusion, "diffusion")
         return sample.generate(net, method, N, sampler=sampler, segmented=c.segmented,
@@ -510,9 +512,9 @@ def report(run, extractor, diffusion, tuned):
         say("{model:<10} {steps:>5} {nfe:>11} {distance:>10.4f} {images_per_second:>9.0f}".format(
             **rows[-1]))
     own, now, best = (rows[i]["distance"] for i in (0, len(c.steps), -1))
-    closed = f"{(own - now) / (own - best):.0%}" if own > best else "nothing, there was none,"
-    say(f"tuning closed {closed} of the gap between {c.steps[0]} steps of the diffusion model and "
-        f"its {rows[-1]['nfe']} evaluations; pictures: {run.out}/dial.png")
+    closed = f"closed {(own - now) / (own - best):.0%}" if own > best else "found nothing to close"
+    say(f"tuning {closed} of the gap between {c.steps[0]} steps of the diffusion model and its "
+        f"{rows[-1]['nfe']} evaluations; pictures: {run.out}/dial.png")
     write(run.out / "result.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
     dial = [("tuned" if N in c.steps else "diffusion", N, "ddim") for N in (1, 2, 4, 8)] + [many]
     pictures = torch.cat([samples(*row, 0, 10) for row in dial])
