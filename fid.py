@@ -4,14 +4,7 @@
     python fid.py samples train --features random --n 1000    # CIFAR's test set: 1.68, floor 1.13
 A, B: a folder, an .npz (uint8 NHWC arr_0, B: or mu, sigma), cifar10 (train). Floor: real to real.
 """
-import argparse
-import contextlib
-import hashlib
-import json
-import socket
-import sys
-import time
-import warnings
+import argparse, contextlib, hashlib, json, socket, sys, time, warnings
 from pathlib import Path
 
 import numpy as np

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train_cifar.py --steps 2
 
 In reading order: settings, UNet (EDM's DDPM++), data, load_edm (EDM's published weights, opened
-safely), the step (what is drawn, which loss, which update), report, and last the plumbing.
+safely), the step (what is drawn, which loss, which update), report, main, and last the plumbing.
 """
 import argparse, contextlib, copy, fcntl, io, json, os, pickle, resource, signal, sys, time, types
 import warnings
@@ -552,6 +552,41 @@ def profile(trainer, steps=20):
         f"{torch._dynamo.explain(step_loss)(*given, **some).graph_break_count} graph breaks;",
         ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in spent.items()))
 
+# ---- All of it -----------------------------------------------------------------------------------
+
+def main(arguments=None):
+    run, extractor, init, lock = prepare(arguments)  # --out is ours as long as the lock lives
+    c, diffusion = run.c, diffusion_model(run, init)
+    # The network to tune: the same with a segment embedding, which is zero and changes nothing yet.
+    net = UNet(**{**diffusion.arguments, "dropout": c.dropout,
+                  "segments": max(c.steps) * (max(c.steps) + 1) // 2})
+    net.to(run.device).load(diffusion.state_dict(), "diffusion.pt").half = diffusion.half
+    trainer = Trainer(run, net, "tune", diffusion)
+    if c.profile:
+        return profile(trainer)
+    tuned = trainer.train()
+    if run.rank == 0:
+        report(run, extractor, diffusion, tuned)
+
+def diffusion_model(run, net):
+    """The diffusion model to tune: this run's own, else what --init gave, else one trained here.
+
+    A run that was interrupted while training it has no diffusion.pt yet, and Trainer goes on.
+    """
+    c, own = run.c, run.out / "diffusion.pt"
+    if own.exists():
+        net = load_checkpoint(own, run.device)[0]
+    elif not net:
+        torch.manual_seed(c.seed)
+        net = UNet(**{**NETS[c.net], "width": c.width or NETS[c.net]["width"]}, dropout=c.dropout,
+                   classes=run.classes, resolution=run.data.images.shape[-1]).to(run.device)
+        net.half = HALF.get(c.precision)
+        net = Trainer(run, net, "pretrain").train()
+    if run.rank == 0 and not own.exists():
+        run.save("diffusion.pt", net, "pretrain")
+    net.half = HALF.get(c.precision)
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
 # ---- Plumbing: folder, checkpoints, processes, arguments. Nothing below is about the method ------
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -694,22 +729,6 @@ class Run:
                      config=vars(self.c), **more)
         write(self.out / name, lambda path: torch.save(state, path))
 
-def diffusion_model(run, net):
-    """The diffusion model to tune: this run's own, else what --init gave, else one trained here."""
-    c, own = run.c, run.out / "diffusion.pt"
-    if own.exists():
-        net = load_checkpoint(own, run.device)[0]
-    elif not net:
-        torch.manual_seed(c.seed)
-        net = UNet(**{**NETS[c.net], "width": c.width or NETS[c.net]["width"]}, dropout=c.dropout,
-                   classes=run.classes, resolution=run.data.images.shape[-1]).to(run.device)
-        net.half = HALF.get(c.precision)
-        net = Trainer(run, net, "pretrain").train()
-    if run.rank == 0 and not own.exists():
-        run.save("diffusion.pt", net, "pretrain")
-    net.half = HALF.get(c.precision)
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
 def open_folder(out):
     """Make --out ours alone -> its latest checkpoint (or {}), the lock (the system drops it)."""
     try:
@@ -724,10 +743,11 @@ def open_folder(out):
     latest = out / "latest.pt"
     return (load_checkpoint(latest)[1] if latest.exists() else {}), lock
 
-def main(arguments=None):
+def prepare(arguments):
+    """The command line, checked -> run, feature extractor, the model of --init or None, lock."""
     parser = settings("cuda" if torch.cuda.is_available() else "cpu")
     c = parser.parse_args(arguments)
-    parser.set_defaults(**PRESETS[c.device])  # read again, now that the device is known
+    parser.set_defaults(**PRESETS[c.device])  # and read it again, now that the device is known
     c = parser.parse_args(arguments)
     if c.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; use --device cpu")
@@ -755,7 +775,7 @@ def main(arguments=None):
     c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
     saved, lock = open_folder(Path(c.out))
     frozen = {k: v for k, v in saved.get("config", {}).items() if k not in FREE}
-    parser.set_defaults(**frozen)  # what is not given now is as it was
+    parser.set_defaults(**frozen)  # and a third time: what is not given now is as it was
     asked = dict(vars(parser.parse_args(arguments)), data=c.data)
     for key, was in frozen.items():
         if asked[key] != was:
@@ -767,17 +787,7 @@ def main(arguments=None):
     torch.set_float32_matmul_precision("highest" if c.precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
     data.images, data.labels = data.images.to(device), data.labels.to(device)
-    run = Run(c, data, device, saved)
-    diffusion = diffusion_model(run, init)
-    net = UNet(**{**diffusion.arguments, "dropout": c.dropout,
-                  "segments": max(c.steps) * (max(c.steps) + 1) // 2})
-    net.to(device).load(diffusion.state_dict(), "diffusion.pt").half = diffusion.half
-    trainer = Trainer(run, net, "tune", diffusion)
-    if c.profile:
-        return profile(trainer)
-    tuned = trainer.train()
-    if run.rank == 0:
-        report(run, extractor, diffusion, tuned)
+    return Run(c, data, device, saved), extractor, init, lock
 
 if __name__ == "__main__":
     fid.run(main)
