@@ -55,8 +55,8 @@ def resize_tf1(images):
     for size in (images.shape[3], images.shape[2]):  # each turn resizes the last axis, transposes
         source = (torch.arange(299, dtype=torch.float64) * size / 299).clamp(max=size - 1)
         hats = (1 - (source - torch.arange(size)[:, None]).abs()).clamp(min=0)  # [size, 299]
-        images = (images.float() @ hats.float().to(images.device)).mT
-    return images
+        images = (images.double() @ hats.to(images.device)).mT  # TF32 would be off by 0.2
+    return images.float()
 
 class InceptionFID(torch.fx.GraphModule):
     """uint8 [N, 3, H, W] -> [N, 2048]: torchvision's graph, edited; the published weights' keys."""
@@ -132,7 +132,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     of (R' cov2 R)^1/2, which is symmetric: the roots of its eigenvalues do, no matrix root."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x).double().cpu() for x in (mu1, cov1, mu2, cov2))
     if cov1.shape != cov2.shape or not (cov1 + cov2).isfinite().all():
-        raise UserError("features must be finite and as many in both sets: look at --features")
+        raise UserError("two or more images a set, please, and finite features, as many in both")
     values, vectors = torch.linalg.eigh(cov1)  # for n <= d, zeros arrive as rounding
     root = vectors * values.where(values > 1e-12 * values[-1], 0).sqrt()
     shared = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
@@ -170,7 +170,10 @@ def read(source="cifar10"):
             tops = ["".join(file.relative_to(source).parts[:-1][:1]) for file in files]
             classes, labels = np.unique(tops, return_inverse=True)
         x = torch.tensor(np.stack(images)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
-    return x, torch.as_tensor(labels).long().expand(len(x)), [str(c) for c in classes if c]
+        labels = torch.as_tensor(labels).long().expand(len(x))
+        if labels.min() < 0:
+            raise ValueError("a label is below 0")
+    return x, labels, [str(c) or "." for c in classes] if len(classes) > 1 else []
 
 def shuffled(source):  # always in the same order; a tensor is taken as it is
     images = source if torch.is_tensor(source) else read(source)[0]

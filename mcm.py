@@ -57,6 +57,10 @@ def per_sample(value, x):
     """[B] -> [B, 1, ...], to broadcast against x [B, ...]; 0-d stays."""
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 
+def whole(n, device):
+    """An int as a tensor on the device; unlike torch.tensor, without waiting for a GPU."""
+    return n if torch.is_tensor(n) else torch.full((), n, device=device)
+
 def mean_per_sample(x):
     """[B, ...] -> [B]."""
     return x.reshape(len(x), -1).mean(1)
@@ -112,7 +116,7 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None)
     exactly where it should be.
     """
     u = torch.rand(2, batch, generator=generator, device=device)
-    N = torch.as_tensor(student_steps, device=device)
+    N = whole(student_steps, device)
     n = (teacher_steps / N).round().clamp(min=1)
     step = (u[0] * N).floor().minimum(N - 1)         # which segment: 0 .. N-1, if u N rounds up too
     n_rel = (u[1] * n).floor().minimum(n - 1) + 1    # which teacher step in it: 1 .. n
@@ -205,7 +209,7 @@ def segment(sigma, steps):
     told, 0.071 when not. An edge belongs to the segment below it, where a sampler's jump starts;
     1e-4 guards against sigma having been rounded up.
     """
-    N = torch.as_tensor(steps, device=sigma.device)
+    N = whole(steps, sigma.device)
     t = (sigma.atan() - ANGLE_0) / (ANGLE_1 - ANGLE_0)
     i = (t * N - 1e-4).ceil().clamp(min=1).minimum(N) - 1
     return (N * (N - 1) // 2 + i).long()
@@ -324,8 +328,8 @@ def main(arguments=None, n=100_000):
     parser.add_argument("--method", choices=("mct", "mcd"), default="mct", help="train or distil")
     parser.add_argument("--out", default="mcm.png", help="where to draw the paths")
     args = parser.parse_args(arguments)
-    if not Path(args.out).parent.is_dir():
-        parser.error(f"--out {args.out}: give a file in a folder that exists")
+    if not Path(args.out).parent.is_dir() or not args.out.endswith(".png"):
+        parser.error(f"--out {args.out}: give a .png in a folder that exists")
     diffusion, exact, steps = toy(), as_f(exact_denoise), (1, 2, 4, 8)
     teacher = as_f(diffusion) if args.method == "mcd" else None
     one, untold = toy(diffusion, steps, teacher), toy(diffusion, [2], teacher, told=False)

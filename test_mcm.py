@@ -278,6 +278,18 @@ def test_dropout_is_one_mask():
     assert abs(kept.mean() - 1) < 0.01 and kept.unique().tolist() == [0.0, 1.25]
     assert torch.corrcoef(kept.flatten(1)).fill_diagonal_(0).abs().max() < 0.08  # of samples
 
+def test_adam_times_its_rectification_is_radam():
+    ours, theirs = (torch.zeros(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizers = torch.optim.Adam([ours], 1.0), torch.optim.RAdam([theirs], 1.0)
+    for step in range(1, 100):
+        optimizers[0].param_groups[0]["lr"] = train_cifar.rectification(step)
+        for w, optimizer in zip((ours, theirs), optimizers):
+            w.data.zero_()
+            w.grad = torch.tensor([1.0, -2.0, 3.0]).double() * step**0.5
+            optimizer.step()
+        assert allclose(ours.detach(), theirs.detach() * (step > 5))
+    assert 0.99 < train_cifar.rectification(10**9) <= 1
+
 @needs_fixtures
 @pytest.mark.parametrize("kind, classes", [("uncond", 0), ("cond", 10)])
 def test_unet_is_edms(kind, classes):
@@ -348,6 +360,10 @@ def test_fid_facts_and_grey_levels(tmp_path):
     for error in (-0.4, 0, 0.4):
         assert sample.to_uint8((levels + error) / 127.5 - 1).equal(levels)
     assert sample.to_uint8(torch.tensor([-1.1, 1.1])).tolist() == [0, 255]
+    for file in ("top.png", "sub/low.png"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        Image.new("L", (16, 16)).save(tmp_path / file)
+    assert fid.read(tmp_path)[1].tolist() == [1, 0] and fid.read(tmp_path)[2] == [".", "sub"]
     few = randn(20, 50)  # n < d
     assert 0 <= distance(few, few) < 1e-6 and allclose(distance(few, few + 3), 50 * 3**2)
     np.savez(tmp_path / "bad.npz", np.array([{}], dtype=object))
@@ -414,7 +430,7 @@ def tiny(tmp_path, monkeypatch):
     images, labels, _ = train_cifar.shapes(64, 16)
     np.savez("few.npz", arr_0=images.permute(0, 2, 3, 1), arr_1=labels)
     return ("--data few.npz --device cpu --width 16 --pretrain-iters 6 --iters 6 --batch 4 "
-            "--log-every 2 --save-every 2 --fd-samples 16 --many 2 --out").split()
+            "--log-every 2 --save-every 2 --fd-samples 16 --many 2 --seed 2147483648 --out").split()
 
 def state_of(out):
     """All that a run leaves but speeds, with tensors as lists of their bytes."""
@@ -454,6 +470,8 @@ def test_a_run_that_died_and_went_on_is_the_run_that_did_not(tiny, method, monke
             sample.main([f"torn/{options[0]}", *options[1:], "--n", "5", "--out", out])
     images = np.load("x.npz")["arr_0"]
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
+    train_cifar.main([*tiny, "torn", *method])  # there is only the report left to do
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train_cifar.main([*tiny, "torn", *method, "--profile"])
     assert "0 host synchronisations in 20 steps, 0 graph breaks" in capsys.readouterr().out
 
@@ -464,7 +482,8 @@ def test_a_model_from_a_pickle_teaches_without_its_dropout(tiny, monkeypatch):
         net.training for net in nets))
     np.savez("few.npz", arr_0=np.zeros((64, 16, 16, 3), np.uint8))
     train_cifar.main([*tiny, "run", "--method", "mcd", "--init", "net.pkl"])
-    assert modes == [False, False]
+    train_cifar.main([*tiny, "run", "--method", "mcd", "--iters", "8", "--precision", "fp16"])
+    assert modes == 4 * [False]
 
 def test_two_processes_are_one(tiny):
     train_cifar.main([*tiny, "one", "--steps", "1", "2"])

@@ -428,8 +428,8 @@ def rectification(step, beta=0.999):
     torch's fused Adam skips an fp16 overflow by itself; its RAdam would ask the host each time. The
     one difference: RAdam's first five steps are momentum SGD, ours are nothing.
     """
-    limit = 2 / (1 - beta) - 1
-    rho = limit - 2 * step / (beta**-step - 1)
+    limit, power = 2 / (1 - beta) - 1, beta**step
+    rho = limit - 2 * step * power / (1 - power)
     if rho <= 5:
         return 0.0
     return ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
@@ -501,14 +501,21 @@ def report(run, extractor, diffusion, tuned):
     many = ("diffusion", c.many, "heun")  # at its best
     for model, N, sampler in [*(("diffusion", N, "ddim") for N in c.steps),
                               *(("tuned", N, "ddim") for N in c.steps), many]:
-        start = time.time()
-        made = fid.evaluate((sample.to_uint8(samples(model, N, sampler, i, min(i + 500, n)))
-                             for i in range(0, n, 500)), extractor)
+        seconds = []  # per image, of each batch
+        def batches():
+            for i in range(0, n, 500):
+                start = time.time()
+                x = sample.to_uint8(samples(model, N, sampler, i, min(i + 500, n)))
+                if run.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append((time.time() - start) / len(x))
+                yield x
+        made = fid.evaluate(batches(), extractor)
         rows.append(dict(
             model=model, method=c.method if model == "tuned" else "diffusion", steps=N,
             nfe=2 * N - 1 if sampler == "heun" else N, metric=metric, features=extractor.name, n=n,
             distance=fid.frechet_distance(made.mean, made.cov, real.mean, real.cov), floor=floor,
-            images_per_second=n / (time.time() - start)))
+            images_per_second=1 / min(seconds)))  # the first batch may have compiled
         say("{model:<10} {steps:>5} {nfe:>11} {distance:>10.4f} {images_per_second:>9.0f}".format(
             **rows[-1]))
     own, now, best = (rows[i]["distance"] for i in (0, len(c.steps), -1))
@@ -581,8 +588,9 @@ def diffusion_model(run, net):
         net = UNet(**{**NETS[c.net], "width": c.width or NETS[c.net]["width"]}, dropout=c.dropout,
                    classes=run.classes, resolution=run.data.images.shape[-1]).to(run.device)
         net.half = HALF.get(c.precision)
-        net = Trainer(run, net, "pretrain").train()
-    if run.rank == 0 and not own.exists():
+        if not c.profile:
+            net = Trainer(run, net, "pretrain").train()
+    if run.rank == 0 and not own.exists() and not c.profile:
         run.save("diffusion.pt", net, "pretrain")
     net.half = HALF.get(c.precision)
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -624,8 +632,8 @@ def load_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
         return UNet(**state["arguments"]).to(device).load(state["ema"], path).eval(), state
 
-def load_init(path, device, side, classes):
-    """What --init names, a diffusion model for such images: of EDM, of ECT, or ours."""
+def load_init(path, device, asked):
+    """What --init names, a diffusion model of the arguments asked: of EDM, of ECT, or ours."""
     if path == "edm":
         path = str(fid.fetch(*EDM))
         say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what is made of them")
@@ -636,11 +644,11 @@ def load_init(path, device, side, classes):
         with fid.blame("--init"):
             net, state = load_checkpoint(path, device)
         kind = f"{state['method']} model of ours"
-    its, asked = (net.arguments["resolution"], net.arguments["classes"]), (side, classes)
-    say(f"--init: {path} is a {kind}, {its[0]} pixels, {its[1]} classes")
+    its = {name: net.arguments[name] for name in asked}
+    say(f"--init: {path} is a {kind}, {its}")
     if not kind.startswith("diffusion") or its != asked:
-        raise UserError(f"--init {path} is a {kind} for (pixels, classes) {its}: give a diffusion "
-                        f"model for {asked}, as diffusion.pt of a run")
+        raise UserError(f"--init {path} is a {kind} of {its}: give a diffusion model of {asked}, "
+                        "as diffusion.pt of a run")
     return net
 
 class Run:
@@ -653,12 +661,12 @@ class Run:
         self.steps = torch.tensor(c.steps, device=device)
     def noise(self, first, last):
         """z and labels of samples first .. last - 1, the same in every table and picture."""
-        g = torch.Generator(self.device).manual_seed(2**40 * (self.c.seed + 1) + first)
+        g = torch.Generator(self.device).manual_seed(2**24 * (self.c.seed + 1) + first)
         shape = last - first, *self.data.images.shape[1:]
         given = {"z": torch.randn(shape, generator=g, device=self.device)}
         if self.classes:
-            index = torch.arange(first, last, device=self.device) % self.classes
-            given["labels"] = F.one_hot(index, self.classes).float()
+            index = torch.randint(len(self.data.labels), shape[:1], generator=g, device=self.device)
+            given["labels"] = F.one_hot(self.data.labels[index], self.classes).float()
         return given
     def restore(self, trainer):
         """Take up latest.pt if it is of this phase -> iterations done."""
@@ -666,28 +674,34 @@ class Run:
         if self.saved.get("phase") == trainer.phase:
             self.recent, self.first = self.saved["recent"], self.saved["step"]
             for name in ("net", "ema", "optimizer", "scaler"):
-                getattr(trainer, name).load_state_dict(self.saved[name])
+                if self.saved[name]:  # a scaler has a state with fp16 only
+                    getattr(trainer, name).load_state_dict(self.saved[name])
         say(f"{trainer.phase}: {trainer.iters} iterations, {self.first} of them done")
-        if self.world == 1:
+        if self.world == 1 and self.first < trainer.iters:
             for caught in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(caught, lambda number, frame: setattr(self, "stop", number))
         return self.first
     def tick(self, trainer, step, losses):
         """After each step: log, save, stop. The host waits for the device here and nowhere else."""
-        c, phase, last = self.c, trainer.phase, step == trainer.iters
+        c, phase, last, stop = self.c, trainer.phase, step == trainer.iters, self.stop
         logs = last or step % c.log_every == 0
-        saves = last or step % c.save_every == 0 or self.stop
+        saves = last or step % c.save_every == 0 or stop
         self.recent.append(losses)
         if not (logs or saves):
             return
         self.recent = [each.cpu() for each in self.recent]
-        self.check(phase, step - len(self.recent))
+        if not trainer.scaler.is_enabled():  # which skips such steps
+            self.check(phase, step - len(self.recent))
+        if saves and not all(p.isfinite().all() for p in trainer.params):
+            sys.exit(f"error: weights not finite in {phase} iteration {step}; the last checkpoint "
+                     "is kept: try a smaller --lr")
         if logs:
             speed = (step - self.first) * c.batch / (time.time() - self.start)
             left = int((trainer.iters - step) * c.batch / speed)
             skipped = step - int(next(iter(trainer.optimizer.state.values()))["step"])  # overflows
-            self.log.append(dict(phase=phase, step=step, loss=torch.cat(self.recent).mean().item(),
-                                 images_per_second=speed, skipped=skipped))
+            losses = torch.cat(self.recent)
+            self.log.append(dict(phase=phase, step=step, images_per_second=speed, skipped=skipped,
+                                 loss=losses[losses.isfinite()].mean().item()))
             self.recent = []
             say(f"{phase} {step}  loss {self.log[-1]['loss']:.5f}  {speed:.0f} images/s  "
                 f"{left // 60}:{left % 60:02} left", f" {skipped} skipped" if skipped else "")
@@ -706,9 +720,9 @@ class Run:
                                 **self.noise(0, 32))
             write(self.out / f"samples-{phase}-{step:06d}.png",
                   lambda path: sample.save_grid(x, path, 8))
-        if self.stop:
+        if stop:
             say(f"stopped at {phase} iteration {step} and saved; the same command goes on")
-            sys.exit(128 + self.stop)
+            sys.exit(128 + stop)
         if last:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -743,6 +757,26 @@ def open_folder(out):
     latest = out / "latest.pt"
     return (load_checkpoint(latest)[1] if latest.exists() else {}), lock
 
+def in_turn(load, *arguments):
+    """load(*arguments) by the first process before the others, so that only it downloads."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        torch.distributed.barrier()
+    try:
+        return load(*arguments)
+    finally:
+        if first and "RANK" in os.environ:
+            torch.distributed.barrier()
+
+def refuse_contradictions(parser, c):
+    if c.segmented and (c.method != "ect" or len(c.steps) > 1):
+        parser.error("--segmented needs --method ect and a single --steps")
+    if c.guidance and not (c.classes and c.method == "mcd"):
+        parser.error("--guidance needs --classes and --method mcd")
+    if c.batch % (c.accum * int(os.environ.get("WORLD_SIZE", 1))):
+        parser.error(f"--batch {c.batch} cannot be split evenly over --accum {c.accum} and the "
+                     "processes: make it a multiple")
+
 def prepare(arguments):
     """The command line, checked -> run, feature extractor, the model of --init or None, lock."""
     parser = settings("cuda" if torch.cuda.is_available() else "cpu")
@@ -751,28 +785,35 @@ def prepare(arguments):
     c = parser.parse_args(arguments)
     if c.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; use --device cpu")
-    if c.segmented and (c.method != "ect" or len(c.steps) > 1):
-        parser.error("--segmented needs --method ect and a single --steps")
-    if c.guidance and not (c.classes and c.method == "mcd"):
-        parser.error("--guidance needs --classes and --method mcd")
-    if c.batch % (c.accum * int(os.environ.get("WORLD_SIZE", 1))):
-        parser.error(f"--batch {c.batch} cannot be split evenly over --accum {c.accum} and the "
-                     "processes: make it a multiple")
-    on = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else "cpu"
-    device = torch.device(on)
-    extractor, data = fid.feature_extractor(c.features, device), load_data(c.data)
-    side, classes = data.images.shape[-1], len(data.classes) if c.classes else 0
-    if c.classes and not classes:
+    refuse_contradictions(parser, c)
+    device = torch.device("cpu")
+    if c.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("nccl" if c.device == "cuda" else "gloo")
+    extractor = in_turn(fid.feature_extractor, c.features, device)
+    data = in_turn(load_data, c.data)
+    side = data.images.shape[-1]
+    c.data = f"{data.name}, {len(data.images)} images of {side}x{side}"
+    c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
+    if c.classes and not data.classes:
         parser.error(f"--classes: {c.data} has none: give a folder of folders, or leave it out")
-    if c.init == "auto" and c.device == "cuda" and (side, classes) == (32, 0):
+    begun = any(Path(c.out, name).exists() for name in ("latest.pt", "diffusion.pt"))
+    if (c.init == "auto" and c.device == "cuda" and side == 32 and not begun
+            and (c.net, c.width, c.classes) == ("edm", None, False)):
         try:
-            fid.fetch(*EDM)
+            in_turn(fid.fetch, *EDM)
             c.init = "edm"
         except UserError as error:
             say(f"{error}\nNo EDM weights: a diffusion model is trained first")
-    init = None if c.init in ("auto", "none") else load_init(c.init, device, side, classes)
-    c.data = f"{data.name}, {len(data.images)} images of {side}x{side}"
-    c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
+    init = None
+    if c.init not in ("auto", "none") and begun:
+        say(f"--init is not looked at: {c.out} has its own diffusion model already")
+    elif c.init not in ("auto", "none"):
+        wanted = dict(resolution=side, classes=len(data.classes) if c.classes else 0)
+        wanted.update({"width": c.width} if c.width else {})
+        init = in_turn(load_init, c.init, device, wanted)
     saved, lock = open_folder(Path(c.out))
     frozen = {k: v for k, v in saved.get("config", {}).items() if k not in FREE}
     parser.set_defaults(**frozen)  # and a third time: what is not given now is as it was
@@ -782,8 +823,12 @@ def prepare(arguments):
             parser.error(f"--{key.replace('_', '-')}: {c.out} was begun with {was}, not "
                          f"{asked[key]}: leave that as it was, or choose another --out")
     vars(c).update(frozen)
+    refuse_contradictions(parser, c)
     if "RANK" in os.environ:
-        torch.distributed.init_process_group("nccl" if c.device == "cuda" else "gloo")
+        loaded = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(loaded, (c.data, c.init))
+        if len(set(loaded)) > 1:
+            raise UserError(f"--data, --init: the processes found different ones, {set(loaded)}")
     torch.set_float32_matmul_precision("highest" if c.precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
     data.images, data.labels = data.images.to(device), data.labels.to(device)
