@@ -593,7 +593,7 @@ def diffusion_model(run, net):
     if run.rank == 0 and not own.exists() and not c.profile:
         run.save("diffusion.pt", net, "pretrain")
     net.half = HALF.get(c.precision)
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return net.to(run.device).eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 # ---- Plumbing: folder, checkpoints, processes, arguments. Nothing below is about the method ------
 
@@ -632,17 +632,17 @@ def load_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
         return UNet(**state["arguments"]).to(device).load(state["ema"], path).eval(), state
 
-def load_init(path, device, asked):
+def load_init(path, asked):
     """What --init names, a diffusion model of the arguments asked: of EDM, of ECT, or ours."""
     if path == "edm":
         path = str(fid.fetch(*EDM))
         say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what is made of them")
     if path.endswith(".pkl"):
         (state, arguments), kind = load_edm(path), "diffusion model of EDM or ECT"
-        net = UNet(**arguments).load(state, path).to(device)
+        net = UNet(**arguments).load(state, path)
     else:
         with fid.blame("--init"):
-            net, state = load_checkpoint(path, device)
+            net, state = load_checkpoint(path)
         kind = f"{state['method']} model of ours"
     its = {name: net.arguments[name] for name in asked}
     say(f"--init: {path} is a {kind}, {its}")
@@ -757,16 +757,28 @@ def open_folder(out):
     latest = out / "latest.pt"
     return (load_checkpoint(latest)[1] if latest.exists() else {}), lock
 
-def in_turn(load, *arguments):
-    """load(*arguments) by the first process before the others, so that only it downloads."""
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
-        torch.distributed.barrier()
-    try:
-        return load(*arguments)
-    finally:
-        if first and "RANK" in os.environ:
-            torch.distributed.barrier()
+def inputs(c):
+    """What the first process reads for all -> data, the diffusion model to begin with or None."""
+    data = load_data(c.data)
+    side = data.images.shape[-1]
+    c.data = f"{data.name}, {len(data.images)} images of {side}x{side}"
+    c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
+    if c.classes and not data.classes:
+        raise UserError(f"--classes: {c.data} has none: give a folder of folders, or leave it out")
+    if any(Path(c.out, name).exists() for name in ("latest.pt", "diffusion.pt")):
+        if c.init not in ("auto", "none"):
+            say(f"--init is not looked at: {c.out} has its own diffusion model already")
+        return data, None
+    if c.init == "auto" and c.device == "cuda" and side == 32 and (
+            (c.net, c.width, c.classes) == ("edm", None, False)):
+        try:
+            fid.fetch(*EDM)
+            c.init = "edm"
+        except UserError as error:
+            say(f"{error}\nNo EDM weights: a diffusion model is trained first")
+    wanted = dict(resolution=side, classes=len(data.classes) if c.classes else 0)
+    wanted.update({"width": c.width} if c.width else {})
+    return data, None if c.init in ("auto", "none") else load_init(c.init, wanted)
 
 def refuse_contradictions(parser, c):
     if c.segmented and (c.method != "ect" or len(c.steps) > 1):
@@ -792,28 +804,12 @@ def prepare(arguments):
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("nccl" if c.device == "cuda" else "gloo")
-    extractor = in_turn(fid.feature_extractor, c.features, device)
-    data = in_turn(load_data, c.data)
-    side = data.images.shape[-1]
-    c.data = f"{data.name}, {len(data.images)} images of {side}x{side}"
-    c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
-    if c.classes and not data.classes:
-        parser.error(f"--classes: {c.data} has none: give a folder of folders, or leave it out")
-    begun = any(Path(c.out, name).exists() for name in ("latest.pt", "diffusion.pt"))
-    if (c.init == "auto" and c.device == "cuda" and side == 32 and not begun
-            and (c.net, c.width, c.classes) == ("edm", None, False)):
-        try:
-            in_turn(fid.fetch, *EDM)
-            c.init = "edm"
-        except UserError as error:
-            say(f"{error}\nNo EDM weights: a diffusion model is trained first")
-    init = None
-    if c.init not in ("auto", "none") and begun:
-        say(f"--init is not looked at: {c.out} has its own diffusion model already")
-    elif c.init not in ("auto", "none"):
-        wanted = dict(resolution=side, classes=len(data.classes) if c.classes else 0)
-        wanted.update({"width": c.width} if c.width else {})
-        init = in_turn(load_init, c.init, device, wanted)
+    first = os.environ.get("RANK", "0") == "0"
+    extractor = fid.feature_extractor(c.features, device) if first else None
+    shared = [c, *inputs(c)] if first else [None] * 3
+    if "RANK" in os.environ:  # so one process downloads, and none can have others
+        torch.distributed.broadcast_object_list(shared)
+    c, data, init = shared
     saved, lock = open_folder(Path(c.out))
     frozen = {k: v for k, v in saved.get("config", {}).items() if k not in FREE}
     parser.set_defaults(**frozen)  # and a third time: what is not given now is as it was
@@ -824,11 +820,6 @@ def prepare(arguments):
                          f"{asked[key]}: leave that as it was, or choose another --out")
     vars(c).update(frozen)
     refuse_contradictions(parser, c)
-    if "RANK" in os.environ:
-        loaded = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(loaded, (c.data, c.init))
-        if len(set(loaded)) > 1:
-            raise UserError(f"--data, --init: the processes found different ones, {set(loaded)}")
     torch.set_float32_matmul_precision("highest" if c.precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
     data.images, data.labels = data.images.to(device), data.labels.to(device)
