@@ -142,7 +142,8 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     with torch.no_grad():
         x_teacher = x if teacher is None else teacher(z_t, t)
         x_teacher, x_mean = x_teacher if isinstance(x_teacher, tuple) else (x_teacher, x_teacher)
-        # How far the teacher's average is from the data tells what it lacks; the data lack nothing.
+        # What the teacher's average lacks shows in its distance from the data, of which the paper
+        # takes 3/4. The data lack nothing.
         x_var = x_var_frac * mean_per_sample((x_mean - x) ** 2)
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
     target = consistency_target(f if f_ref is None else f_ref, z_s, z_t, t, s, t_step, schedule)

@@ -413,7 +413,7 @@ def step_loss(net, teacher, c, phase, stage, edges, x, eps, seed, t, N=None, s=N
         z_t = alpha * x + sigma * eps
         return mcm.v_loss(mcm.as_f(net, seed=seed, **labels)(z_t, t), x, z_t, t, huber_eps=1.0)
     if c.method == "ect":
-        N = c.steps[0] if c.segmented else 1
+        N = c.steps[0] if c.segmented else 1  # 1: one segment, from 80 down to 0
         denoise = mcm.conditioned(net, N, seed=seed, **labels)
         return ect.ect_loss(denoise, x, eps, t, stage, q=c.q, c=c.ect_c, edges=edges)
     leads = mcm.as_f(teacher, **labels) if c.method == "mcd" else None
