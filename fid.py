@@ -164,6 +164,8 @@ def read(source="cifar10"):
         elif str(source).endswith(".npz"):
             arrays, classes = np.load(source), []  # runs no pickles
             images, labels = arrays["arr_0"].astype(np.uint8, casting="no"), arrays.get("arr_1", 0)
+        elif not Path(source).exists():
+            raise FileNotFoundError("it does not exist")
         else:
             files = sorted(f for f in Path(source).rglob("*") if folder.is_image_file(f.name))
             images = [np.asarray(blame(file)(folder.pil_loader)(file)) for file in files]
@@ -221,7 +223,8 @@ def main(arguments=None):
                   value=round(frechet_distance(fake.mean, fake.cov, real.mean, real.cov), 4),
                   n=fake.n, features=extractor.name, reference=args.b, floor=floor, floor_n=floor_n,
                   warning="too large by about the floor: n < d" if fake.n < len(fake.mean) else "")
-    print(json.dumps(result) if args.json else ", ".join(f"{k} {v}" for k, v in result.items()))
+    words = [f"{k} {v:.4f}" if type(v) is float else f"{k} {v}" for k, v in result.items() if v]
+    print(json.dumps(result) if args.json else ", ".join(words))
 
 if __name__ == "__main__":
     run(main)

@@ -134,6 +134,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
                      two, see `guided`: the first leads, the second tells the variance.
     f_ref None       the reference is f, without gradient. TRACT (2303.04248): a teacher, and f_ref
                      an average of f.
+    x_var_frac, huber_eps: see addim, v_loss. Data of a standard deviation of 0.5 to 1 suit both.
     N = 1 (t_step = 0) is a consistency model's loss, T = N (s = t_step) a diffusion model's.
     Gradients flow through the second f, f(z_t, t), only.
     """

@@ -122,10 +122,11 @@ def main(arguments=None):
     parser = fid.Parser(prog="sample.py", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
                         help="latest.pt or diffusion.pt of a run; default: shapes, 1 2 4 8 steps")
-    parser.add_argument("--steps", type=number(int, 1, 1000), help="default: as trained")
+    parser.add_argument("--steps", type=number(int, 1, 1000), help="default: the most tuned for")
     parser.add_argument("--n", type=number(int, 1, 10**7), default=64, help="how many")
     parser.add_argument("--out", default="samples.png", help="a .png grid, or .npz (arr_0, NHWC)")
-    parser.add_argument("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")
+    parser.add_argument("--sampler", choices=("ddim", "addim", "heun"), 
+                        help="of a diffusion model; default: ddim up to 8 steps, else heun")
     parser.add_argument("--class-label", type=number(int, 0, 10**6), help="default: all in turn")
     parser.add_argument("--batch", type=number(int, 1, 10**6), default=250)
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
@@ -140,7 +141,8 @@ def main(arguments=None):
     net, state = load_checkpoint(args.checkpoint, args.device)
     method, config, classes = state["method"], state["config"], net.arguments["classes"]
     segmented = config["segmented"]
-    steps = args.steps or (18 if method == "diffusion" else config["steps"][-1])
+    steps = args.steps or (18 if method == "diffusion" else max(config["steps"]))
+    sampler = args.sampler or ("heun" if steps > 8 else "ddim")
     if args.sampler and method != "diffusion":
         parser.error(f"--sampler is for diffusion models, this one is tuned by {method}")
     if not (method == "diffusion" or method == "ect" and not segmented or steps in config["steps"]):
@@ -153,15 +155,16 @@ def main(arguments=None):
     index = torch.arange(args.n) % max(classes, 1) if label is None else torch.tensor(label)
     for noise, c in zip(z.split(args.batch), index.expand(args.n).split(args.batch)):
         labels = F.one_hot(c, classes).float().to(args.device) if classes else None
-        x.append(generate(net, method, steps, noise.to(args.device), args.sampler or "heun",
-                          segmented, labels=labels).cpu())
+        x.append(generate(net, method, steps, noise.to(args.device), sampler, segmented,
+                          labels=labels).cpu())
     x = torch.cat(x)
     if out.suffix == ".npz":
         images = to_uint8(x).permute(0, 2, 3, 1).numpy()
         write(out, lambda path: np.savez(path, arr_0=images))
     else:
         write(out, lambda path: save_grid(x, path, math.ceil(args.n**0.5)))
-    print(f"{out}: {args.n} samples of {state['data']} by {method} in {steps} steps")
+    by = f"diffusion ({sampler})" if method == "diffusion" else method
+    print(f"{out}: {args.n} samples of {state['data']} by {by} in {steps} steps")
 
 if __name__ == "__main__":
     fid.run(main)

@@ -273,8 +273,9 @@ def load_data(spec):
     if spec == "auto":
         try:
             return load_data("cifar10")
-        except UserError as error:
-            say(f"{error}\n*** NO CIFAR-10: THE BUILT-IN SHAPES STAND IN FOR IT, SEE --data ***")
+        except UserError:
+            say("*** NO CIFAR-10 HERE, AND NO DOWNLOAD (--data cifar10 says why): THE BUILT-IN "
+                "SHAPES STAND IN FOR IT ***")
             spec = "shapes"
     images, labels, classes = shapes() if spec == "shapes" else fid.read(spec)
     n, _, height, width = images.shape
@@ -521,11 +522,16 @@ def report(run, extractor, diffusion, tuned):
     own, now, best = (rows[i]["distance"] for i in (0, len(c.steps), -1))
     closed = f"closed {(own - now) / (own - best):.0%}" if own > best else "found nothing to close"
     say(f"tuning {closed} of the gap between {c.steps[0]} steps of the diffusion model and its "
-        f"{rows[-1]['nfe']} evaluations; pictures: {run.out}/dial.png")
+        f"{rows[-1]['nfe']} evaluations; judge by the pictures too: {run.out}/dial.png")
     write(run.out / "result.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
-    dial = [("tuned" if N in c.steps else "diffusion", N, "ddim") for N in (1, 2, 4, 8)] + [many]
-    pictures = torch.cat([samples(*row, 0, 10) for row in dial])
-    labels = [f"{model} {N}" for model, N, _ in dial[:4]] + [f"diffusion {rows[-1]['nfe']}"]
+    write(run.out / "reference.npz", lambda path: np.savez(  # what fid.py can compare to
+        path, mu=real.mean.cpu(), sigma=real.cov.cpu(), floor=(floor, floor_n)))
+    dial = [("tuned" if N in c.steps else "diffusion", N, "ddim")
+            for N in sorted({1, 2, 4, 8, *c.steps})]
+    if len(c.steps) == 1:  # before and after
+        dial.insert(0, ("diffusion", c.steps[0], "ddim"))
+    pictures = torch.cat([samples(*row, 0, 10) for row in [*dial, many]])
+    labels = [f"{model} {N}" for model, N, _ in dial] + [f"diffusion {rows[-1]['nfe']}"]
     write(run.out / "dial.png", lambda path: sample.save_grid(pictures, path, 10, labels))
 
 def profile(trainer, steps=20):
@@ -629,7 +635,10 @@ def write(path, save):
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of ours -> (its averaged network, all of it)."""
     with fid.blame(f"{path} is missing, damaged or no checkpoint of ours: give another"):
-        state = torch.load(path, map_location=device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError:  # whose text tells how to run what is in the file
+            raise ValueError("not tensors and plain values") from None
         return UNet(**state["arguments"]).to(device).load(state["ema"], path).eval(), state
 
 def load_init(path, asked):
@@ -702,7 +711,7 @@ class Run:
             losses = torch.cat(self.recent)
             self.log.append(dict(phase=phase, step=step, images_per_second=speed, skipped=skipped,
                                  loss=losses[losses.isfinite()].mean().item()))
-            self.recent = []
+            self.recent, self.first, self.start = [], step, time.time()
             say(f"{phase} {step}  loss {self.log[-1]['loss']:.5f}  {speed:.0f} images/s  "
                 f"{left // 60}:{left % 60:02} left", f" {skipped} skipped" if skipped else "")
             if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < 1:
