@@ -4,14 +4,14 @@ Train f(z_t, t) to equal f(z_r, r). A pretrained diffusion model is the case r =
 and move r towards t as training goes on. What that changes against mcm.py:
 
     1. the times      t log-normal, r a function of t and the stage     (MCM: a grid of T steps)
-    2. the loss       the norm of an image's error in x, over t - r     (MCM: its mean in v)
+    2. the loss       the norm of an image's error in x, over t - r     (MCM: its RMS in v)
     3. the schedule   z_t = x + t eps, mcm.edm, so that f is D          (MCM: mcm.cosine)
     4. the sampler    fresh noise between steps, sample.renoise         (MCM: DDIM)
 
 The target is mcm.consistency_target in both. With `edges` time is cut into segments, as in MCM:
 the two papers combined.
 
-    python ect.py        # r(t) by stage, and the toy of mcm.py tuned to 1 and 2 steps; 30 s
+    python ect.py        # r(t) by stage, and the toy of mcm.py tuned in 1 and 2 segments; 30 s
 """
 import argparse, copy
 
@@ -19,9 +19,9 @@ import torch
 
 import mcm
 
-# The authors' settings for CIFAR-10 from EDM's unconditional VP weights, their 2-step FIDs: c = 0,
-# RAdam (in train_cifar.py), betas 0.9 and 0.999, no clipping, no flips; r approaches t by a factor
-# q every double_every iterations (0: never).
+# The authors' settings for CIFAR-10 from EDM's unconditional VP weights, 2-step FID at the right.
+# Also theirs: c = 0, RAdam (in train_cifar.py), betas 0.9 and 0.999, no clipping, no flips. t - r
+# shrinks by a factor q every double_every iterations (0: never).
 BOTH = dict(batch=128, lr=1e-4, dropout=0.2)
 RECIPES = {
     "hour": dict(BOTH, iters=8_000, q=256.0, double_every=0, ema=0.9993),   # an A100 hour, 2.73

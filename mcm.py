@@ -28,7 +28,7 @@ from torch import nn
 # ---- Schedules -----------------------------------------------------------------------------------
 # Any function t -> (alpha, sigma) with alpha > 0 and rising sigma / alpha will do, in the loss, in
 # as_f and in the samplers, within the range below: networks see nothing but sigma / alpha.
-# Its times need not be those of draw_times and `segment`, which are cosine's: map them.
+# draw_times returns cosine's t: for another schedule, map them to the t of equal sigma / alpha.
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 ANGLE_0, ANGLE_1 = math.atan(SIGMA_MIN), math.atan(SIGMA_MAX)
@@ -111,9 +111,9 @@ def teacher_steps(i, start=64, end=1280, anneal=100_000):
 def draw_times(batch, student_steps, teacher_steps, generator=None, device=None):
     """The times of Algorithm 1 -> t, s, t_step [B]: t_step <= s < t in a segment of length 1/N.
 
-    student_steps: N, or int64 [B] where one network serves several N. teacher_steps: T, of which
-    n = round(T / N) >= 1 fall in each segment. All are whole numbers over n N, so that s == t_step
-    exactly where it should be.
+    student_steps: N, or int64 [B] where one network serves several N. teacher_steps: T, rounded to
+    n N with n = round(T / N) >= 1 in each segment. All times are whole numbers over n N, so that
+    s == t_step exactly where it should be.
     """
     u = torch.rand(2, batch, generator=generator, device=device)
     N = whole(student_steps, device)
@@ -134,7 +134,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
                      two, see `guided`: the first leads, the second tells the variance.
     f_ref None       the reference is f, without gradient. TRACT (2303.04248): a teacher, and f_ref
                      an average of f.
-    x_var_frac, huber_eps: see addim, v_loss. Data of a standard deviation of 0.5 to 1 suit both.
+    x_var_frac: see below. huber_eps: see v_loss; suits data of standard deviation 0.5 to 1.
     N = 1 (t_step = 0) is a consistency model's loss, T = N (s = t_step) a diffusion model's.
     Gradients flow through the second f, f(z_t, t), only.
     """
@@ -143,8 +143,8 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     with torch.no_grad():
         x_teacher = x if teacher is None else teacher(z_t, t)
         x_teacher, x_mean = x_teacher if isinstance(x_teacher, tuple) else (x_teacher, x_teacher)
-        # What the teacher's average lacks shows in its distance from the data, of which the paper
-        # takes 3/4. The data lack nothing.
+        # The teacher's average lacks variance: the paper takes 3/4 of its mean squared distance
+        # from the data. Without a teacher, x_mean is x and this is 0.
         x_var = x_var_frac * mean_per_sample((x_mean - x) ** 2)
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
     target = consistency_target(f if f_ref is None else f_ref, z_s, z_t, t, s, t_step, schedule)
@@ -176,7 +176,7 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     return pseudo_huber(mean_per_sample(v_difference**2), huber_eps)
 
 def pseudo_huber(square, eps):
-    """sqrt(square + eps^2) - eps, without cancellation and with slope 0 at 0, also for eps = 0.
+    """sqrt(square + eps^2) - eps for square = |d|^2: no cancellation, slope 0 at d = 0 for any eps.
 
     A norm where eps is small, a squared error over 2 eps where it is large.
     """
@@ -208,7 +208,7 @@ def segment(sigma, steps):
     int64 [B], a row in a table of the segments of all N: those of an N-step model are the rows from
     N(N-1)/2 on. A network needs to know: its target jumps where segments meet, which it cannot
     follow as a smooth function of ln sigma. On the toy below at N = 2, `main` finds 0.037 when
-    told, 0.071 when not. An edge belongs to the segment below it, where a sampler's jump starts;
+    told, 0.071 when not. Jumps start on edges, so an edge belongs to the segment below it;
     1e-4 guards against sigma having been rounded up.
     """
     N = whole(steps, sigma.device)
@@ -278,7 +278,7 @@ def train_toy(net, loss_of, iterations=3000, batch=4096, lr=4e-2):
     return net
 
 def toy(diffusion=None, steps=(), teacher=None, told=True):
-    """Trains the diffusion model or, given one, tunes a copy to each N in `steps`.
+    """Trains the diffusion model or, given one, tunes one copy to all N in `steps`.
 
     In one dimension the root "mean" square is |v|, of order 1: only a large huber_eps makes it a
     squared error, and anything else learns medians. No aDDIM: one element has no norm to speak of.

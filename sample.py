@@ -3,11 +3,11 @@
     multistep   f(z, t)      MCM Algorithm 2. With a diffusion model's f this same loop is DDIM
     addim       f(z, t)      MCM Algorithm 3: DDIM that keeps its variance
     renoise     D(x, sigma)  predict, add fresh noise, predict: consistency models, ECT's 2 steps
-    heun        D(x, sigma)  EDM Algorithm 1 without churn: second order, 2 steps - 1 evaluations
+    heun        D(x, sigma)  EDM Algorithm 1 without churn: second order, 2 * steps - 1 evaluations
 
-All start from unit Gaussian noise [B, ...] and end in [-1, 1] (not clipped). The state is float64,
-as float32 errors add up at sigma = 80. f gets the dtype of the noise; D gets float64 and casts it
-to its own. Labels, text, guidance belong to the callable. Noise can be passed in.
+All take unit Gaussian noise [B, ...], save multistep and addim: z at their first time. Results are
+on the scale of [-1, 1], not clipped. The state is float64, as float32 errors add up at sigma = 80.
+f gets the noise's dtype; D gets float64 and casts it. Labels and guidance belong to the callable.
 
     python sample.py --steps 2                                   # a model that comes with the code
     python sample.py CKPT --steps 2 --n 64 --out grid.png
@@ -97,7 +97,7 @@ def generate(net, method, steps, z, sampler=None, segmented=False, **condition):
     # The further noise is a function of the first, so that results repeat.
     g = torch.Generator(z.device).manual_seed(int(z.double().abs().sum() * 1e6))
     noise = torch.randn(steps, *z.shape, generator=g, device=z.device)
-    sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else edges)]
+    sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else edges)]  # ECT's sigma, or ours
     return renoise(mcm.conditioned(net, 1, **condition), z, sigmas, noise).float()
 
 def to_uint8(x):
@@ -122,10 +122,10 @@ def main(arguments=None):
     parser = fid.Parser(prog="sample.py", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
                         help="latest.pt or diffusion.pt of a run; default: shapes, 1 2 4 8 steps")
-    parser.add_argument("--steps", type=number(int, 1, 1000), help="default: the most tuned for")
+    parser.add_argument("--steps", type=number(int, 1, 1000), help="default: most tuned for, or 18")
     parser.add_argument("--n", type=number(int, 1, 10**7), default=64, help="how many")
     parser.add_argument("--out", default="samples.png", help="a .png grid, or .npz (arr_0, NHWC)")
-    parser.add_argument("--sampler", choices=("ddim", "addim", "heun"), 
+    parser.add_argument("--sampler", choices=("ddim", "addim", "heun"),
                         help="of a diffusion model; default: ddim up to 8 steps, else heun")
     parser.add_argument("--class-label", type=number(int, 0, 10**6), help="default: all in turn")
     parser.add_argument("--batch", type=number(int, 1, 10**6), default=250)

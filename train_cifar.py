@@ -383,15 +383,15 @@ PHASES = ("pretrain", "tune")
 def draw(run, phase, step):
     """The random part of a step, a function of (seed, phase, step) alone: a dict of [B, ...].
 
-    Every process draws the whole batch and keeps its part: a run does not depend on their number,
-    and on the CPU it repeats bit for bit.
+    Every process draws the whole batch, of which `gradients` keeps its part: a run does not depend
+    on the number of processes, and on the CPU it repeats bit for bit.
     """
     c, device, images = run.c, run.device, run.data.images
     words = np.random.SeedSequence([c.seed, PHASES.index(phase), step]).generate_state(1, np.uint64)
     on = dict(generator=torch.Generator(device).manual_seed(int(words[0]) >> 1), device=device)
     index = torch.randint(len(images), (c.batch,), **on)
     b = {"x": images[index], "eps": torch.randn(c.batch, *images.shape[1:], **on),
-         "seed": torch.randint(2**32, (c.batch,), **on)}
+         "seed": torch.randint(2**32, (c.batch,), **on)}  # of the dropout masks
     if run.classes:  # one in ten is trained without its label, for guidance
         kept = torch.rand(c.batch, 1, **on) > 0.1
         b["labels"] = F.one_hot(run.data.labels[index], run.classes) * kept.float()
@@ -457,7 +457,7 @@ class Trainer:
             part = {key: value.chunk(parts)[i] for key, value in batch.items()}
             loss = self.loss(self.net, self.teacher, c, self.phase, stage, self.edges, **part)
             self.scaler.scale(loss.mean() / parts).backward()
-            losses.append(loss.detach().clone())
+            losses.append(loss.detach().clone())  # CUDA graphs reuse its memory
         if run.world > 1:
             grads = [p.grad for p in self.params if p.grad is not None]
             flat = torch.cat([g.flatten() for g in grads])
@@ -466,7 +466,7 @@ class Trainer:
                 g.copy_(summed.view_as(g))
         return torch.cat(losses)
     def update(self, step):
-        """Optimizer and average, whose decay rises from 0.1, so that it forgets the start."""
+        """Adam, rate falling to 0; an average, its decay rising from 0.1 to forget the start."""
         rate = self.lr * rectification(step + 1) * (1 - step / self.iters)
         self.optimizer.param_groups[0]["lr"] = rate
         self.scaler.step(self.optimizer)
@@ -501,7 +501,7 @@ def report(run, extractor, diffusion, tuned):
         f"{'model':<10} {'steps':>5} {'evaluations':>11} {'distance':>10} {'images/s':>9}")
     many = ("diffusion", c.many, "heun")  # at its best
     for model, N, sampler in [*(("diffusion", N, "ddim") for N in c.steps),
-                              *(("tuned", N, "ddim") for N in c.steps), many]:
+                              *(("tuned", N, None) for N in c.steps), many]:
         seconds = []  # per image, of each batch
         def batches():
             for i in range(0, n, 500):
@@ -526,10 +526,9 @@ def report(run, extractor, diffusion, tuned):
     write(run.out / "result.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
     write(run.out / "reference.npz", lambda path: np.savez(  # what fid.py can compare to
         path, mu=real.mean.cpu(), sigma=real.cov.cpu(), floor=(floor, floor_n)))
-    dial = [("tuned" if N in c.steps else "diffusion", N, "ddim")
-            for N in sorted({1, 2, 4, 8, *c.steps})]
-    if len(c.steps) == 1:  # before and after
-        dial.insert(0, ("diffusion", c.steps[0], "ddim"))
+    dial = [(model, N, "ddim") for N in sorted({1, 2, 4, 8, *c.steps})
+            for model in ("diffusion", "tuned")  # a single N: before and after
+            if (model == "tuned") == (N in c.steps) or model == "diffusion" and len(c.steps) == 1]
     pictures = torch.cat([samples(*row, 0, 10) for row in [*dial, many]])
     labels = [f"{model} {N}" for model, N, _ in dial] + [f"diffusion {rows[-1]['nfe']}"]
     write(run.out / "dial.png", lambda path: sample.save_grid(pictures, path, 10, labels))
