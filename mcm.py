@@ -85,8 +85,7 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     """Algorithm 3, adjusted DDIM: ddim, with the noise lengthened for the spread that x lacks.
 
     x is the mean of the images that z_t may come from, so every DDIM step loses variance. Given the
-    missing variance per element, x_var (number or [B]; sample.paper_x_var is the paper's guess for
-    sampling), eq. (14) makes mean((z_s - alpha_s x)^2) =
+    missing variance per element, x_var (number or [B], sample.paper_x_var when sampling), eq. (14) makes mean((z_s - alpha_s x)^2) =
     sigma_s^2 mean(eps_hat^2) + (alpha_s - alpha_t sigma_s / sigma_t)^2 x_var.
     """
     alpha_t, sigma_t = at(schedule, t, z_t)
@@ -134,7 +133,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
                      two, see `guided`: the first leads, the second tells the variance.
     f_ref None       the reference is f, without gradient. TRACT (2303.04248): a teacher, and f_ref
                      an average of f.
-    x_var_frac: see below. huber_eps: see v_loss; suits data of standard deviation 0.5 to 1.
+    x_var_frac: see below. huber_eps: see v_loss, suits data of standard deviation 0.5 to 1.
     N = 1 (t_step = 0) is a consistency model's loss, T = N (s = t_step) a diffusion model's.
     Gradients flow through the second f, f(z_t, t), only.
     """
@@ -156,7 +155,7 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
 
     Both jumps end on the segment's edge t_step. For s on the edge there is no jump left: the target
     is inv_ddim(z_s), the diffusion target, eq. (8). The batch is one tensor, so f_ref answers for
-    these samples too, at t, since D(x, 0) need not exist; the answer, even NaN, is not used.
+    these samples too, at t, since D(x, 0) need not exist. The answer, even NaN, is not used.
     """
     on_edge = s <= t_step
     x_ref = f_ref(z_s, torch.where(on_edge, t, s))
@@ -169,7 +168,7 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     Under variance preservation a difference in x is sigma times one in v, so the paper's weight
     SNR + 1 = (alpha^2 + sigma^2) / sigma^2 stands inside the norm, as its square root. The paper
     sums where we average: our huber_eps is an error per element, whatever the size. With the data
-    as target this is a diffusion loss; its minimum is a mean for large huber_eps (1 for images).
+    as target this is a diffusion loss. Its minimum is a mean for large huber_eps (1 for images).
     """
     alpha, sigma = at(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
