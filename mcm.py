@@ -85,7 +85,8 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     """Algorithm 3, adjusted DDIM: ddim, with the noise lengthened for the spread that x lacks.
 
     x is the mean of the images that z_t may come from, so every DDIM step loses variance. Given the
-    missing variance per element, x_var (number or [B], sample.paper_x_var when sampling), eq. (14) makes mean((z_s - alpha_s x)^2) =
+    missing variance per element, x_var (number or [B], sample.paper_x_var when sampling), eq. (14)
+    makes mean((z_s - alpha_s x)^2) =
     sigma_s^2 mean(eps_hat^2) + (alpha_s - alpha_t sigma_s / sigma_t)^2 x_var.
     """
     alpha_t, sigma_t = at(schedule, t, z_t)

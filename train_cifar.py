@@ -316,8 +316,8 @@ def counted(run):
         run(unpickler)
     return operation
 
-class EDMUnpickler(pickle._Unpickler):  # Python's, as C's lets 5 bytes claim 16 GB
-    left = 2 * 10**6  # microseconds, about: every file ends. EDM's CIFAR-10 network takes 3/4
+class EDMUnpickler(pickle._Unpickler):  # Python's, as C's lets bytes claim gigabytes
+    left = 2 * 10**6  # microseconds, about, so that every file ends, and EDM's are read whole
     def spend(self, cost):
         self.left -= cost
         if self.left < 0:
