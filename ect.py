@@ -40,8 +40,8 @@ def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
 def relative_gap(t, stage, q=2, k=8, b=1):
     """(t - r) / t in (0, 1]: n(t) / q^(stage + 1) with n(t) = 1 + k sigmoid(-b t), at most 1.
 
-    All else is built on this, as t - r cancels: in float32 little of it is left at q = 256, stage 2.
-    q is a float because 256^8 does not fit in 64 bits.
+    All else is built on this, as t - r cancels: in float32 little is left at q = 256, stage 2. q is
+    a float because 256^8 does not fit in 64 bits.
     """
     return ((1 + k * torch.sigmoid(-b * t)) / float(q) ** (stage + 1)).clamp(max=1)
 
