@@ -70,7 +70,9 @@ def test_schedules_and_segments():
 def test_the_toys_truth():
     z, x = mcm.quantiles(10_000)
     assert allclose([z.mean(), z.std()], [0, 1], atol=1e-3)
-    assert mcm.distance(x, mcm.mixture(10_000, torch.Generator().manual_seed(0))) < 0.02
+    mode = (x - mcm.MEANS).abs().argmin(1)
+    assert allclose(mode.bincount() / 10_000, mcm.WEIGHTS, atol=1e-3) and abs(
+        (x[:, 0] - mcm.MEANS[mode]).std() - mcm.STD) < 1e-3
     assert mcm.distance(mcm.jumps(mcm.as_f(mcm.exact_denoise), z, 512)[-1], x) < 0.005
 
 @pytest.mark.parametrize("N, T, n", [(1, 24, 24), (2, 25, 12), (3, 24, 8), (8, 22, 3), (8, 3, 1)])
@@ -78,6 +80,8 @@ def test_times(N, T, n):  # n teacher steps in each segment
     one, each = (mcm.draw_times(4096, steps, T, torch.Generator().manual_seed(0))
                  for steps in (N, torch.tensor(N).expand(4096)))
     t, s, t_step = one
+    given = torch.rand(2, 4096, generator=torch.Generator().manual_seed(0))
+    assert all(map(torch.equal, one, mcm.draw_times(4096, N, T, u=given)))
     assert allclose([mcm.teacher_steps(i) for i in (-1, 0, 5e4, 2e5)], [64, 64, 81920**0.5, 1280])
     grid, counts = t.unique(return_counts=True)
     assert allclose(grid * n * N, torch.arange(n * N) + 1) and counts.min() > 2048 / (n * N)
@@ -661,7 +665,8 @@ def test_readme_commands(tiny, monkeypatch):
         raise fid.UserError("no network")
     monkeypatch.setattr(fid, "fetch", offline)
     monkeypatch.setattr(train_cifar, "shapes", lambda: few)
-    monkeypatch.setattr(mcm.train_toy, "__defaults__", (2, 8, 1e-2))
+    monkeypatch.setattr(mcm, "train_toy", lambda net, *given, real=mcm.train_toy: real(
+        net, given[0], 2, 8))
     for folder in ("FOLDER", "assets", "data"):
         Path(folder).mkdir()
     for i, image in enumerate(few[0].permute(0, 2, 3, 1)):
