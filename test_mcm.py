@@ -417,7 +417,8 @@ HOSTILE = [RUN + b"R.", RUN + b"\x81.", RUN + b"}\x92.", b"(" + RUN + b"o.", b"(
            edm_pickle(0, (2**20, 2**20), (0, 0)), edm_pickle(embedding_type="fourier"),
            edm_pickle(-2), edm_pickle(doubled=19), edm_pickle(extra={7: 7}),
            edm_pickle(model_channels=2**40), edm_pickle().replace(b"FloatStorage", b"EvilyStorage"),
-           edm_pickle().replace(b"\x80\3", b"\x80\3(1", 1),
+           edm_pickle().replace(b"\x80\3", b"\x80\3(1", 1), edm_pickle(channel_mult=10 * [1]),
+           edm_pickle(num_blocks=33), edm_pickle(dropout=1.0),
            *map(Path.read_bytes, FIXTURES.glob("edm_maliciou*[!c].pkl"))]
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
@@ -682,11 +683,10 @@ def test_readme_commands(tiny, monkeypatch):
         if program == "-c":
             exec(arguments[0], {})
         elif program in ("mcm.py", "ect.py"):
-            {"mcm.py": mcm, "ect.py": ect}[program].main(arguments, 6000)
+            sys.modules[program[:-3]].main(arguments, 6000)
         else:
             more = {"train_cifar.py": small, "sample.py": ["--n", "16"],
                     "fid.py": ["--features", "random"]}[program]
-            {"train_cifar.py": train_cifar, "sample.py": sample, "fid.py": fid}[program].main(
-                arguments + more)
+            sys.modules[program[:-3]].main(arguments + more)
         done.append(line)
     assert len(done) > 12 and Path("assets/dial.pt").exists()

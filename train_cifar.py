@@ -20,6 +20,8 @@ from torch import nn
 import ect, fid, mcm, sample
 from fid import UserError
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+
 # ---- Settings ----------------------------------------------------------------------------------
 
 NETS = {  # arguments of UNet; a laptop's works on 2x2 patches
@@ -451,14 +453,14 @@ class Trainer:
         self.loss = torch.compile(step_loss, fullgraph=True, mode=mode, disable=not c.compile)
     def gradients(self, batch, step):
         """Adds up gradients, over parts and processes -> losses [this process's images]."""
-        c, run, parts, losses = self.run.c, self.run, self.run.c.accum * self.run.world, []
+        c, run, parts, losses = self.run.c, self.run, self.run.c.accum * WORLD, []
         stage = torch.full((), ect.stage(step, c.double_every), device=run.device)
-        for i in range(run.rank * c.accum, (run.rank + 1) * c.accum):
+        for i in range(RANK * c.accum, (RANK + 1) * c.accum):
             part = {key: value.chunk(parts)[i] for key, value in batch.items()}
             loss = self.loss(self.net, self.teacher, c, self.phase, stage, self.edges, **part)
             self.scaler.scale(loss.mean() / parts).backward()
             losses.append(loss.detach().clone())  # CUDA graphs reuse its memory
-        if run.world > 1:
+        if WORLD > 1:
             grads = [p.grad for p in self.params if p.grad is not None]
             flat = torch.cat([g.flatten() for g in grads])
             torch.distributed.all_reduce(flat)
@@ -556,7 +558,7 @@ def profile(trainer, steps=20):
     given = trainer.net, trainer.teacher, c, "tune", torch.tensor(0), trainer.edges
     with FlopCounterMode(display=False) as flops:
         step_loss(*given, **some).sum().backward()
-    flop, speed = flops.get_total_flops() / 4, c.batch / run.world / sum(spent.values())
+    flop, speed = flops.get_total_flops() / 4, c.batch / WORLD / sum(spent.values())
     peak = (torch.cuda.max_memory_allocated() if cuda
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     say(f"{speed:.0f} images/s, {flop / 1e9:.3f} GFLOP each, {flop * speed / 1e12:.3f} TFLOP/s, "
@@ -577,7 +579,7 @@ def main(arguments=None):
     if c.profile:
         return profile(trainer)
     tuned = trainer.train()
-    if run.rank == 0:
+    if RANK == 0:
         report(run, extractor, diffusion, tuned)
 
 def diffusion_model(run, net):
@@ -595,7 +597,7 @@ def diffusion_model(run, net):
         net.half = HALF.get(c.precision)
         if not c.profile:
             net = Trainer(run, net, "pretrain").train()
-    if run.rank == 0 and not own.exists() and not c.profile:
+    if RANK == 0 and not own.exists() and not c.profile:
         run.save("diffusion.pt", net, "pretrain")
     net.half = HALF.get(c.precision)
     return net.to(run.device).eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -607,7 +609,7 @@ FREE = ("out", "init", "device", "iters", "features", "fd_samples", "many", "pre
         "compile", "accum", "save_every", "log_every", "profile")  # may change when a run goes on
 
 def say(*words):
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         print(*words, flush=True)
 
 def number(kind, low, high):
@@ -660,10 +662,9 @@ def load_init(path, asked):
     return net
 
 class Run:
-    """A run: settings, data, device, folder, and this process's place among the others."""
+    """A run: settings, data, device, folder, log."""
     def __init__(self, c, data, device, saved):
         self.c, self.data, self.device, self.saved = c, data, device, saved
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.out, self.stop, self.log = Path(c.out), 0, saved.get("log", [])
         self.classes = len(data.classes) if c.classes else 0
         self.steps = torch.tensor(c.steps, device=device)
@@ -685,7 +686,7 @@ class Run:
                 if self.saved[name]:  # a scaler has a state with fp16 only
                     getattr(trainer, name).load_state_dict(self.saved[name])
         say(f"{trainer.phase}: {trainer.iters} iterations, {self.first} of them done")
-        if self.world == 1 and self.first < trainer.iters:
+        if WORLD == 1 and self.first < trainer.iters:
             for caught in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(caught, lambda number, frame: setattr(self, "stop", number))
         return self.first
@@ -716,10 +717,10 @@ class Run:
             if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < 1:
                 sys.exit(f"error: fp16 overflows at every loss scale, {skipped} steps were skipped;"
                          " the last checkpoint is kept: try --precision bf16")
-        if self.rank == 0:
+        if RANK == 0:
             lines = "".join(json.dumps(row) + "\n" for row in self.log)
             write(self.out / "metrics.jsonl", lambda path: path.write_text(lines))
-        if saves and self.rank == 0:
+        if saves and RANK == 0:
             self.save("latest.pt", trainer.ema, phase, step=step, recent=self.recent, log=self.log,
                       **{name: getattr(trainer, name).state_dict()
                          for name in ("net", "optimizer", "scaler")})
@@ -738,7 +739,7 @@ class Run:
         """Stops at a loss that is not finite, and says what was drawn for it."""
         for i, losses in enumerate(self.recent):
             for j in (~losses.isfinite()).nonzero().flatten().tolist():
-                j += self.rank * len(losses)
+                j += RANK * len(losses)
                 drawn = draw(self, phase, first + i).items()
                 drawn = {name: value[j].item() for name, value in drawn if value.ndim == 1}
                 sys.exit(f"error: loss not finite in {phase} iteration {first + i}, sample {j}, "
@@ -756,7 +757,7 @@ def open_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a")
-        if os.environ.get("RANK", "0") == "0":
+        if RANK == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: wait, or choose another") from None
@@ -793,7 +794,7 @@ def refuse_contradictions(parser, c):
         parser.error("--segmented needs --method ect and a single --steps")
     if c.guidance and not (c.classes and c.method == "mcd"):
         parser.error("--guidance needs --classes and --method mcd")
-    if c.batch % (c.accum * int(os.environ.get("WORLD_SIZE", 1))):
+    if c.batch % (c.accum * WORLD):
         parser.error(f"--batch {c.batch} cannot be split evenly over --accum {c.accum} and the "
                      "processes: make it a multiple")
 
@@ -810,12 +811,11 @@ def prepare(arguments):
     if c.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if WORLD > 1:
         torch.distributed.init_process_group("nccl" if c.device == "cuda" else "gloo")
-    first = os.environ.get("RANK", "0") == "0"
-    extractor = fid.feature_extractor(c.features, device) if first else None
-    shared = [c, *inputs(c)] if first else [None] * 3
-    if "RANK" in os.environ:  # so one process downloads, and none can have others
+    extractor = fid.feature_extractor(c.features, device) if RANK == 0 else None
+    shared = [c, *inputs(c)] if RANK == 0 else [None] * 3
+    if WORLD > 1:  # so one process downloads, and none can have others
         torch.distributed.broadcast_object_list(shared)
     c, data, init = shared
     saved, lock = open_folder(Path(c.out))
