@@ -13,7 +13,7 @@ the two papers combined.
 
     python ect.py        # r(t) by stage, and the toy of mcm.py tuned in 1 and 2 segments; 30 s
 """
-import argparse, copy
+import argparse, copy, signal
 
 import torch
 
@@ -107,4 +107,5 @@ def main(arguments=None, n=100_000):
         print(f"ECT, {N} segment{'s' * (N - 1)}, 2 steps: {mcm.distance(x, truth):.4f}")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in mcm.py
     main()
