@@ -16,12 +16,10 @@ The contract: x and z have any shape [B, ...], times are [B], f(z_t, t) -> x_hat
 Everything is computed per sample, and nothing but draw_times is random. f is called twice, without
 gradient and with: autocast belongs inside it, and dropout should draw one mask for both calls.
 
-    python mcm.py                  # the dial in one dimension: a table and mcm.png; 65 s
-    python mcm.py --method mcd     # the same by distillation
+    python mcm.py [--method mcd]     # the dial in one dimension: a table and mcm.png; 65 s
 """
 import argparse, copy, math, signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -50,17 +48,12 @@ def edm(t):
 
 def at(schedule, t, x):
     """(alpha, sigma) at t, a number or [B], shaped to broadcast against x [B, ...]."""
-    if not torch.is_tensor(t):
-        t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    t = t if torch.is_tensor(t) else x.new_tensor(t)
     return tuple(per_sample(value, x) for value in schedule(t))
 
 def per_sample(value, x):
-    """[B] -> [B, 1, ...], to broadcast against x [B, ...]; 0-d stays."""
-    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
-
-def whole(n, device):
-    """An int as a tensor on the device; unlike torch.tensor, without waiting for a GPU."""
-    return n if torch.is_tensor(n) else torch.full((), n, device=device)
+    """A number or [B] -> [1 or B, 1, ...], to broadcast against x [B, ...]."""
+    return torch.as_tensor(value, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
 
 def mean_per_sample(x):
     """[B, ...] -> [B]."""
@@ -72,14 +65,12 @@ def mean_per_sample(x):
 
 def ddim(x, z_t, t, s, schedule=cosine):
     """Eq. (4): z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)."""
-    alpha_t, sigma_t = at(schedule, t, z_t)
-    alpha_s, sigma_s = at(schedule, s, z_t)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = at(schedule, t, z_t), at(schedule, s, z_t)
     return alpha_s * x + sigma_s / sigma_t * (z_t - alpha_t * x)
 
 def inv_ddim(z_s, z_t, t, s, schedule=cosine):
     """Eq. (5): the x for which ddim(x, z_t, t, s) = z_s."""
-    alpha_t, sigma_t = at(schedule, t, z_t)
-    alpha_s, sigma_s = at(schedule, s, z_t)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = at(schedule, t, z_t), at(schedule, s, z_t)
     return (z_s - sigma_s / sigma_t * z_t) / (alpha_s - alpha_t * sigma_s / sigma_t)
 
 def addim(x, z_t, t, s, x_var, schedule=cosine):
@@ -90,13 +81,11 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     makes mean((z_s - alpha_s x)^2) =
     sigma_s^2 mean(eps_hat^2) + (alpha_s - alpha_t sigma_s / sigma_t)^2 x_var.
     """
-    alpha_t, sigma_t = at(schedule, t, z_t)
-    alpha_s, sigma_s = at(schedule, s, z_t)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = at(schedule, t, z_t), at(schedule, s, z_t)
     eps_hat = (z_t - alpha_t * x) / sigma_t
     # Over the elements of one sample, never over the batch. With few elements it can be 0.
     power = per_sample(mean_per_sample(eps_hat**2).clamp(min=1e-12), z_t)
-    x_var = per_sample(torch.as_tensor(x_var, device=z_t.device), z_t)
-    missing = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * x_var
+    missing = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * per_sample(x_var, z_t)
     return alpha_s * x + (sigma_s**2 + missing / power).sqrt() * eps_hat
 
 # ---- Times, in cosine's [0, 1] -------------------------------------------------------------------
@@ -117,12 +106,11 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None,
     s == t_step exactly where it should be. u: [2, B] in [0, 1), to draw by other than torch.rand.
     """
     u = torch.rand(2, batch, generator=generator, device=device) if u is None else u
-    N = whole(student_steps, device)
-    n = (teacher_steps / N).round().clamp(min=1)
-    step = (u[0] * N).floor().minimum(N - 1)         # which segment: 0 .. N-1, if u N rounds up too
-    n_rel = (u[1] * n).floor().minimum(n - 1) + 1    # which teacher step in it: 1 .. n
-    T = n * N
-    return (step * n + n_rel) / T, (step * n + n_rel - 1) / T, step * n / T
+    N = student_steps
+    n = torch.as_tensor(teacher_steps / N).round().clamp(min=1)
+    step = (u[0] * N).floor()                        # which segment: 0 .. N-1
+    n_rel = (u[1] * n).floor() + 1                   # which teacher step in it: 1 .. n
+    return tuple((step * n + k) / (n * N) for k in (n_rel, n_rel - 1, 0))
 
 # ---- The loss ------------------------------------------------------------------------------------
 
@@ -212,10 +200,8 @@ def segment(sigma, steps):
     told, 0.090 with --untold; where one network serves N = 1, 2, 4, 8, 0.038 and 0.280. Jumps start
     on edges, so an edge is of the segment below it; 1e-4 guards against sigma rounded up.
     """
-    N = whole(steps, sigma.device)
-    t = (sigma.atan() - ANGLE_0) / (ANGLE_1 - ANGLE_0)
-    i = (t * N - 1e-4).ceil().clamp(min=1).minimum(N) - 1
-    return (N * (N - 1) // 2 + i).long()
+    t = ((sigma.atan() - ANGLE_0) / (ANGLE_1 - ANGLE_0)).clamp(0, 1)
+    return ((t * steps - 1e-4).ceil().clamp(min=1) - 1 + steps * (steps - 1) // 2).long()
 
 def guided(f, f_uncond, weight):
     """A teacher under classifier-free guidance (weight 0: none) -> x (guided, conditional)."""
@@ -233,8 +219,8 @@ def quantiles(n):
     u = (torch.arange(n).double() + 0.5) / n
     grid = torch.linspace(-2, 2, 10 * n).double()
     cdf = torch.special.ndtr((grid[:, None] - MEANS) / STD) @ WEIGHTS.double()
-    x = grid[torch.searchsorted(cdf, u)]
-    return torch.special.ndtri(u).float()[:, None], x.float()[:, None]
+    return tuple(v.float()[:, None] for v in (torch.special.ndtri(u),
+                                              grid[torch.searchsorted(cdf, u)]))
 
 def exact_denoise(x, sigma):
     """E[x0 | x0 + sigma eps = x] for the mixture; x [B, 1], sigma [B]."""
@@ -257,8 +243,7 @@ class ToyDenoiser(nn.Module):
         waves = torch.cat([1.5 * scale * x * torch.arange(1, 7),  # Fourier features
                            sigma.atan() * torch.arange(1, 5)], 1)
         h = self.embed(torch.cat([scale * x, sigma.log() / 4, waves.cos(), waves.sin()], 1))
-        if segment is not None:
-            h = h + self.segment(segment)
+        h = h if segment is None else h + self.segment(segment)
         return scale**2 * x + sigma * scale * self.rest(h)
 
 def train_toy(net, loss_of, iterations=2400, batch=4096, lr=3e-2):
@@ -273,9 +258,8 @@ def train_toy(net, loss_of, iterations=2400, batch=4096, lr=3e-2):
         optimizer.param_groups[0]["lr"] = lr * (1 - i / iterations) ** 1.5
         u = points.draw(batch).T.clamp(max=1 - 2**-24)  # never rounded up to 1
         eps, x = (table[(v * len(table)).long()] for table, v in zip(tables, u))
-        loss = loss_of(eps, x, u[2:], i).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss_of(eps, x, u[2:], i).mean().backward()
         optimizer.step()
     return net
 
@@ -288,15 +272,14 @@ def toy(diffusion=None, steps=(1,), iterations=2400, teacher=None, told=True):
     torch.manual_seed(0)
     net = copy.deepcopy(diffusion) if diffusion else ToyDenoiser()
     def loss_of(eps, x, u, i):
+        N = torch.tensor(steps)[(u[2] * len(steps)).long()] if diffusion else None
         if diffusion:
-            N = torch.tensor(steps)[(u[2] * len(steps)).long()]
-            f = as_f(net, steps=N if told else None)
             T = teacher_steps(i, 12, 512, anneal=iterations * 2 / 3)
             times = draw_times(len(x), N, T, u=u[:2])
         else:  # from any t to s = t_step = 0: the target is the data
-            f, t = as_f(net), 1 - u[0]
-            times = t, 0 * t, 0 * t
-        return consistency_loss(f, x, eps, *times, teacher=teacher, x_var_frac=0.0, huber_eps=100.0)
+            times = 1 - u[0], 0 * u[0], 0 * u[0]
+        return consistency_loss(as_f(net, steps=N if told else None), x, eps, *times,
+                                teacher=teacher, x_var_frac=0.0, huber_eps=100.0)
     return train_toy(net, loss_of, iterations, 4096 * len(steps))
 
 @torch.no_grad()
@@ -312,30 +295,25 @@ def distance(x, y):
     """Wasserstein-1 distance of two samples of one size [n, 1]."""
     return (x.flatten().sort().values - y.flatten().sort().values).abs().mean().item()
 
-def draw_paths(paths, out, width=250, height=300):
+def draw_paths(paths, out, width=1000, height=1200):
     """A PNG, a panel for each (name, [z] of the jumps): noise at its left, data at its right."""
     from PIL import Image, ImageDraw
-    canvas = Image.new("RGB", (4 * width * len(paths), 4 * height), "white")  # is reduced
-    for panel, (_, path) in enumerate(paths):
-        x = ((torch.linspace(0.05, 0.95, len(path)) + panel) * 4 * width).tolist()
+    canvas = Image.new("RGB", (width * len(paths), height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for panel, (name, path) in enumerate(paths):
+        draw.text((width * (panel + 0.05), 16), name, "black", font_size=44)
+        x = ((torch.linspace(0.05, 0.95, len(path)) + panel) * width).tolist()
         for z in torch.stack(path)[:, :, 0].T:                                  # [jumps + 1]
-            y = ((0.55 - z / 6.5) * 4 * height).tolist()
             color = ("#3b6ea5", "#c8553d", "#588b4b")[(z[-1] - MEANS).abs().argmin()]
-            ImageDraw.Draw(canvas).line(list(zip(x, y)), color, 5)
-    canvas = canvas.reduce(4)
-    for panel, (name, _) in enumerate(paths):
-        ImageDraw.Draw(canvas).text((width * (panel + 0.05), 4), name, "black")
-    canvas.save(out)
+            draw.line(list(zip(x, ((0.55 - z / 6.5) * height).tolist())), color, 5)
+    canvas.reduce(4).save(out)
 
 def main(arguments=None, n=100_000):
     """The table of README.md, and the paths."""
     parser = argparse.ArgumentParser("mcm.py", argparse.SUPPRESS, __doc__.split("\n")[0])
     parser.add_argument("--method", choices=("mct", "mcd"), default="mct", help="train or distil")
     parser.add_argument("--untold", action="store_true", help="do not tell networks their segment")
-    parser.add_argument("--out", default="mcm.png", help="where to draw the paths")
     args = parser.parse_args(arguments)
-    if not Path(args.out).parent.is_dir() or not args.out.endswith(".png"):
-        parser.error(f"--out {args.out}: give a .png in a folder that exists")
     diffusion, exact, steps = toy(), as_f(exact_denoise), (1, 2, 4, 8)
     teacher = as_f(diffusion) if args.method == "mcd" else None
     # Each N has a batch of 4096, also in the one network: less work than in four, more than in one.
@@ -352,11 +330,10 @@ def main(arguments=None, n=100_000):
           f"steps     exact DDIM  diffusion model {args.method:>14} {args.method:>6} for all N")
     paths, some = [], z[n // 100::n // 50]
     for N, net in zip(steps, each):
-        told = None if args.untold else N
-        f = as_f(net, steps=told)
+        f, f_one = (as_f(D, steps=None if args.untold else N) for D in (net, one))
         paths.append((f"{N} step{'s' * (N > 1)}", jumps(f, some, N)))
-        print(f"{N:>5}", *(score(g, N) for g in (exact, as_f(diffusion), f, as_f(one, steps=told))))
-    draw_paths(paths[:3] + [("diffusion, 64 steps", jumps(as_f(diffusion), some, 64))], args.out)
+        print(f"{N:>5}", *(score(g, N) for g in (exact, as_f(diffusion), f, f_one)))
+    draw_paths(paths[:3] + [("diffusion, 64 steps", jumps(as_f(diffusion), some, 64))], "mcm.png")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: there is nothing to save
