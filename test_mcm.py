@@ -448,9 +448,11 @@ def test_edm_pickles_load(tmp_path):
 def tiny(tmp_path, monkeypatch):
     """Arguments of a run of seconds on 64 shapes, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    for net in ("small", "edm"):
+        monkeypatch.setitem(train_cifar.NETS, net, dict(width=16, mult=[1, 2], blocks=1, patch=2))
     images, labels, _ = train_cifar.shapes(64, 16)
     np.savez("few.npz", arr_0=images.permute(0, 2, 3, 1), arr_1=labels)
-    return ("--data few.npz --device cpu --width 16 --pretrain-iters 6 --iters 6 --batch 4 "
+    return ("--data few.npz --device cpu --pretrain-iters 6 --iters 6 --batch 4 "
             "--log-every 2 --save-every 2 --fd-samples 16 --many 2 --seed 2147483648 --out").split()
 
 def state_of(out):
@@ -504,12 +506,12 @@ def test_a_run_that_died_and_went_on_is_the_run_that_did_not(tiny, method, monke
 def test_a_model_from_a_pickle_teaches_without_its_dropout(tiny, monkeypatch):
     net, modes = small_net(resolution=16, dropout=0.5), []
     monkeypatch.setattr(train_cifar, "load_edm", lambda path: (net.state_dict(), net.arguments))
-    monkeypatch.setattr(train_cifar, "report", lambda run, extractor, *nets: modes.extend(
+    monkeypatch.setattr(train_cifar, "report", lambda run, *nets: modes.extend(
         net.training for net in nets))
     np.savez("few.npz", arr_0=np.zeros((64, 16, 16, 3), np.uint8))
     train_cifar.main([*tiny, "run", "--method", "mcd", "--init", "net.pkl"])
-    with pytest.raises(fid.UserError, match="width"):
-        train_cifar.main([*tiny, "other", "--init", "net.pkl", "--width", "32"])
+    with pytest.raises(fid.UserError, match="resolution"):
+        train_cifar.main([*tiny, "other", "--init", "net.pkl", "--data", "shapes"])
     # And on in half precision, where one loss that overflows is one step that is skipped.
     loss, factor = train_cifar.step_loss, iter([math.inf])
     monkeypatch.setattr(train_cifar, "step_loss", lambda *given, **drawn: loss(
@@ -520,11 +522,11 @@ def test_a_model_from_a_pickle_teaches_without_its_dropout(tiny, monkeypatch):
     assert modes == 4 * [False] and last["skipped"] == 1 and math.isfinite(last["loss"])
 
 def test_two_processes_are_one(tiny):
-    train_cifar.main([*tiny, "one", "--steps", "1", "2"])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                    "--master_port=29517", HERE / "train_cifar.py", *tiny, "two", "--steps", "1",
-                    "2"], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for n, out in enumerate(("one", "two"), 1):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
+                        "--master_port=29517", HERE / "train_cifar.py", *tiny, out, "--steps", "1",
+                        "2"], check=True, capture_output=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = (torch.load(f"{out}/latest.pt", weights_only=True) for out in ("one", "two"))
     assert all(torch.allclose(one["net"][k], two["net"][k], atol=2e-4) for k in one["net"])
     for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values()):
@@ -564,14 +566,14 @@ def test_what_cannot_go_on_says_so_and_keeps_what_was_there(tiny, monkeypatch, c
     with open("run/lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused("in use by another run", "run")
-    for line in ("--steps 4", "--method ect", "--width 32", "--batch 8", "--seed 1", "--classes",
+    for line in ("--steps 4", "--method ect", "--net edm", "--batch 8", "--seed 1", "--classes",
                  "--data shapes"):
         refused(line.split()[0] + ": run was begun with", "run", *line.split())
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # as a full disk
     refused("cannot write run/latest.pt", "run", "--iters", "8")
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    for value, named in ((math.nan, "loss not finite in tune iteration 6"),
+    for value, named in ((math.nan, "tune iteration 6: loss not finite"),
                          (1.0, "fp16 overflows"), (0.0, "weights not finite")):  # slope of 0^1/2
         monkeypatch.setattr(train_cifar, "step_loss", lambda net, *_, x, **rest: torch.zeros(
             len(x)) + (value + 0 * sum(p.sum() for p in net.parameters())) ** 0.5)
@@ -616,7 +618,7 @@ train --data float.npz > float.npz, train --data cifar10 > cifar-10, train --seg
 train --data ok.npz --init nowhere, train --data ok.npz --init text.npz, train --batch 5 --accum 2
 train --data ok.npz --out text.npz, train --data ok.npz --out text.npz/x, train --accum 0
 train --data ok.npz --features text.npz > text.npz, train --segmented --method ect --steps 1 2
-train --width 48, train --net big, train --fd-samples 1, train --q 0, train --guidance 1
+train --net big, train --fd-samples 1, train --q 0, train --guidance 1
 train --data ok.npz --classes > --classes, train --data ok.npz --init text.pkl > text.pkl
 train --data ü.npz > ü.npz, sample ü.pt > ü.pt
 sample x.pt y.pt > y.pt, sample nowhere.pt > nowhere.pt, sample text.npz > text.npz

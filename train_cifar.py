@@ -39,13 +39,15 @@ PRESETS = {
                  fd_samples=50_000, save_every=1000)}
 
 def settings(device):
-    """The command line: every setting, once; --help shows the defaults of this machine."""
+    """-> the parser of the command line, which keeps only what is given, and all the defaults."""
+    defaults = dict(PRESETS[device])
     parser = fid.Parser("train_cifar.py", description=__doc__.split("\n")[0],
-                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                        argument_default=argparse.SUPPRESS)
     def add(name, help, default=None, low=None, high=None, **more):
+        value = defaults.setdefault(name.replace("-", "_"), default)
         if low is not None:
-            more["type"] = number(more.get("type", type(high)), low, high)
-        parser.add_argument("--" + name, help=help, default=default, **more)
+            more["type"] = number(type(high), low, high)
+        parser.add_argument("--" + name, help=f"{help} [{value}]", **more)
     switch = dict(action=argparse.BooleanOptionalAction)
     add("steps", "sampling steps to tune for; several: one network for all", [2], 1, 64, nargs="+")
     add("method", "consistency training, distillation, or Easy Consistency Tuning", "mct",
@@ -53,7 +55,7 @@ def settings(device):
     add("data", "auto (CIFAR-10, else shapes), cifar10, shapes, an image folder or .npz", "auto")
     add("classes", "give the network the class labels", False, **switch)
     add("guidance", "mcd: the teacher's guidance weight, needs --classes", 0.0, 0, 100.0)
-    add("init", "start from: edm (a GPU's default), a .pkl of EDM or ECT, our .pt; or none", "auto")
+    add("init", "start from: edm (auto on a GPU), a .pkl of EDM or ECT, our .pt; or none", "auto")
     add("out", "run folder; runs/DATA-METHOD-STEPS if empty", "")
     add("device", "where to run", device, choices=("cuda", "cpu"))
     add("seed", "of all randomness", 0, 0, 2**31)
@@ -65,8 +67,6 @@ def settings(device):
     add("ema", "decay of the averaged weights, the ones sampled", None, 0, 1.0)
     add("dropout", "one mask for both passes of a step", None, 0, 0.99)
     add("net", "small, or EDM's DDPM++", choices=tuple(NETS))
-    add("width", "channels of the network, if not its own", type=int,
-        choices=(16, 32, 64, 96, 128, 192, 256))
     add("T", "teacher steps, first and last", None, 1, 1e6, nargs=2)
     add("huber-eps", "mct, mcd: 1e-4, a norm, for long runs; 1, squared error", None, 0, 1e6)
     add("q", "ect: r approaches t by this factor from stage to stage", None, 1.001, 1e6)
@@ -82,8 +82,7 @@ def settings(device):
     add("save-every", "iterations between checkpoints", None, 1, 10**9)
     add("log-every", "iterations between log lines", 100, 1, 10**9)
     add("profile", "measure the tuning step and stop", False, **switch)
-    parser.set_defaults(**PRESETS[device])
-    return parser
+    return parser, defaults
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key -------------
 
@@ -235,13 +234,9 @@ class UNet(nn.Module):
         return 0.25 * scale**2 * x + 0.5 * s * scale * out.float()
     def load(self, state, name):
         """Load `state` by key; only the segment embedding may be missing. Returns self."""
-        own = self.state_dict()
-        odd = [key for key in own.keys() | state.keys() if "map_segment" not in key and (
-            key not in own or key not in state or own[key].shape != state[key].shape)]
-        if odd:
-            raise UserError(f"{name} does not fit the network at {sorted(odd)[:3]}: give one of "
-                            "this architecture")
-        self.load_state_dict(state, strict=False)
+        own = {key: value for key, value in self.state_dict().items() if "map_segment" in key}
+        with fid.blame(f"{name} does not fit the network, give one of this architecture"):
+            self.load_state_dict({**own, **state})
         return self
 
 # ---- Data: uint8 images [n, 3, H, W], labels [n], and a name that follows the run everywhere -----
@@ -312,21 +307,20 @@ class Object(dict):
     def __setstate__(self, state):
         self["state"] = state
 
-def counted(run):
-    def operation(unpickler):
-        unpickler.spend(5)
-        run(unpickler)
-    return operation
+OPERATIONS = {**{op: run for op, run in pickle._Unpickler.dispatch.items() if op in OPCODES},
+              pickle.EMPTY_DICT[0]: lambda self: self.append(Object()),
+              pickle.EMPTY_SET[0]: lambda self: self.append(None)}
 
 class EDMUnpickler(pickle._Unpickler):  # Python's, as C's lets bytes claim gigabytes
     left = 2 * 10**6  # microseconds, about, so that every file ends, and EDM's are read whole
+    dispatch = property(lambda self: self)  # where the library looks each operation up
     def spend(self, cost):
         self.left -= cost
         if self.left < 0:
             raise ValueError("larger than any published network")
-    dispatch = {op: counted(run) for op, run in pickle._Unpickler.dispatch.items() if op in OPCODES}
-    dispatch[pickle.EMPTY_DICT[0]] = counted(lambda self: self.append(Object()))
-    dispatch[pickle.EMPTY_SET[0]] = counted(lambda self: self.append(None))
+    def __getitem__(self, opcode):
+        self.spend(5)
+        return OPERATIONS[opcode]
     def find_class(self, module, name):
         return {**dict.fromkeys(INERT, Object),
                 "torch_utils.persistence _reconstruct_persistent_obj": lambda kept: kept,
@@ -401,7 +395,7 @@ def draw(run, phase, step):
         b["t"] = torch.rand(c.batch, **on)
     elif c.method == "ect":
         b["t"] = ect.draw_t(c.batch, **on)
-    elif c.method in ("mct", "mcd"):
+    else:
         b["N"] = run.steps[torch.randint(len(c.steps), (c.batch,), **on)]
         T = mcm.teacher_steps(step, *c.T, anneal=c.iters / 2)
         b["t"], b["s"], b["t_step"] = mcm.draw_times(c.batch, b["N"], T, **on)
@@ -433,9 +427,8 @@ def rectification(step, beta=0.999):
     """
     limit, power = 2 / (1 - beta) - 1, beta**step
     rho = limit - 2 * step * power / (1 - power)
-    if rho <= 5:
-        return 0.0
-    return ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
+    factor = (rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)
+    return factor**0.5 if rho > 5 else 0.0
 
 class Trainer:
     """A network in training, its average, its optimizer, the fp16 loss scale."""
@@ -460,12 +453,9 @@ class Trainer:
             loss = self.loss(self.net, self.teacher, c, self.phase, stage, self.edges, **part)
             self.scaler.scale(loss.mean() / parts).backward()
             losses.append(loss.detach().clone())  # CUDA graphs reuse its memory
-        if WORLD > 1:
-            grads = [p.grad for p in self.params if p.grad is not None]
-            flat = torch.cat([g.flatten() for g in grads])
-            torch.distributed.all_reduce(flat)
-            for g, summed in zip(grads, flat.split([g.numel() for g in grads])):
-                g.copy_(summed.view_as(g))
+        for p in self.params if WORLD > 1 else ():
+            if p.grad is not None:
+                torch.distributed.all_reduce(p.grad)
         return torch.cat(losses)
     def update(self, step):
         """Adam, rate falling to 0; an average, its decay rising from 0.1 to forget the start."""
@@ -487,11 +477,11 @@ class Trainer:
 
 # ---- What the tuning bought, and what a step costs -----------------------------------------------
 
-def report(run, extractor, diffusion, tuned):
+def report(run, diffusion, tuned):
     """The diffusion model at N steps and at many, the tuned one at N: a table and a picture."""
     c, n, rows = run.c, run.c.fd_samples, []
-    real, floor, floor_n = fid.reference(run.data.images, extractor, n)
-    metric = fid.metric_name(extractor.name, n)
+    real, floor, floor_n = fid.reference(run.data.images, run.extractor, n)
+    metric = fid.metric_name(run.extractor.name, n)
     for net in (diffusion, tuned):
         net.compile(disable=not c.compile)
     def samples(model, N, sampler, first, last):
@@ -501,9 +491,9 @@ def report(run, extractor, diffusion, tuned):
     say(f"\n{run.data.name}, {c.method}: {metric} against {len(run.data.images)} images; two sets "
         f"of {floor_n} real images are {floor:.4f} apart\n"
         f"{'model':<10} {'steps':>5} {'evaluations':>11} {'distance':>10} {'images/s':>9}")
+    before, after = ([(model, N, "ddim") for N in c.steps] for model in ("diffusion", "tuned"))
     many = ("diffusion", c.many, "heun")  # at its best
-    for model, N, sampler in [*(("diffusion", N, "ddim") for N in c.steps),
-                              *(("tuned", N, None) for N in c.steps), many]:
+    for model, N, sampler in [*before, *after, many]:
         seconds = []  # per image, of each batch
         def batches():
             for i in range(0, n, 500):
@@ -513,11 +503,12 @@ def report(run, extractor, diffusion, tuned):
                     torch.cuda.synchronize()
                 seconds.append((time.time() - start) / len(x))
                 yield x
-        made = fid.evaluate(batches(), extractor)
+        made = fid.evaluate(batches(), run.extractor)
         rows.append(dict(
             model=model, method=c.method if model == "tuned" else "diffusion", steps=N,
-            nfe=2 * N - 1 if sampler == "heun" else N, metric=metric, features=extractor.name, n=n,
-            distance=fid.frechet_distance(made.mean, made.cov, real.mean, real.cov), floor=floor,
+            nfe=2 * N - 1 if sampler == "heun" else N, metric=metric,
+            features=run.extractor.name, n=n, floor=floor,
+            distance=fid.frechet_distance(made.mean, made.cov, real.mean, real.cov),
             images_per_second=1 / min(seconds)))  # the first batch may have compiled
         say("{model:<10} {steps:>5} {nfe:>11} {distance:>10.4f} {images_per_second:>9.0f}".format(
             **rows[-1]))
@@ -528,11 +519,11 @@ def report(run, extractor, diffusion, tuned):
     write(run.out / "result.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
     write(run.out / "reference.npz", lambda path: np.savez(  # what fid.py can compare to
         path, mu=real.mean.cpu(), sigma=real.cov.cpu(), floor=(floor, floor_n)))
-    dial = [(model, N, "ddim") for N in sorted({1, 2, 4, 8, *c.steps})
-            for model in ("diffusion", "tuned")  # a single N: before and after
-            if (model == "tuned") == (N in c.steps) or model == "diffusion" and len(c.steps) == 1]
-    pictures = torch.cat([samples(*row, 0, 10) for row in [*dial, many]])
-    labels = [f"{model} {N}" for model, N, _ in dial] + [f"diffusion {rows[-1]['nfe']}"]
+    others = [("diffusion", N, "ddim") for N in (1, 2, 4, 8) if N not in c.steps]
+    one = before if len(c.steps) == 1 else []  # a single N: before and after
+    dial = sorted([*others, *one, *after], key=lambda row: (row[1], row[0])) + [many]
+    pictures = torch.cat([samples(*row, 0, 10) for row in dial])
+    labels = [f"{model} {N}" for model, N, _ in dial[:-1]] + [f"diffusion {rows[-1]['nfe']}"]
     write(run.out / "dial.png", lambda path: sample.save_grid(pictures, path, 10, labels))
 
 def profile(trainer, steps=20):
@@ -569,8 +560,8 @@ def profile(trainer, steps=20):
 # ---- All of it -----------------------------------------------------------------------------------
 
 def main(arguments=None):
-    run, extractor, init, lock = prepare(arguments)  # --out is ours as long as the lock lives
-    c, diffusion = run.c, diffusion_model(run, init)
+    run, lock = prepare(arguments)  # --out is ours as long as the lock lives
+    c, diffusion = run.c, diffusion_model(run)
     # The network to tune: the same with a segment embedding, which is zero and changes nothing yet.
     net = UNet(**{**diffusion.arguments, "dropout": c.dropout,
                   "segments": max(c.steps) * (max(c.steps) + 1) // 2})
@@ -580,23 +571,22 @@ def main(arguments=None):
         return profile(trainer)
     tuned = trainer.train()
     if RANK == 0:
-        report(run, extractor, diffusion, tuned)
+        report(run, diffusion, tuned)
 
-def diffusion_model(run, net):
+def diffusion_model(run):
     """The diffusion model to tune: this run's own, else what --init gave, else one trained here.
 
     A run that was interrupted while training it has no diffusion.pt yet, and Trainer goes on.
     """
-    c, own = run.c, run.out / "diffusion.pt"
+    c, net, own = run.c, run.init, run.out / "diffusion.pt"
     if own.exists():
         net = load_checkpoint(own, run.device)[0]
     elif not net:
         torch.manual_seed(c.seed)
-        net = UNet(**{**NETS[c.net], "width": c.width or NETS[c.net]["width"]}, dropout=c.dropout,
-                   classes=run.classes, resolution=run.data.images.shape[-1]).to(run.device)
+        net = UNet(**NETS[c.net], dropout=c.dropout, classes=run.classes,
+                   resolution=run.data.images.shape[-1]).to(run.device)
         net.half = HALF.get(c.precision)
-        if not c.profile:
-            net = Trainer(run, net, "pretrain").train()
+        net = net if c.profile else Trainer(run, net, "pretrain").train()
     if RANK == 0 and not own.exists() and not c.profile:
         run.save("diffusion.pt", net, "pretrain")
     net.half = HALF.get(c.precision)
@@ -642,29 +632,11 @@ def load_checkpoint(path, device="cpu"):
             raise ValueError("not tensors and plain values") from None
         return UNet(**state["arguments"]).to(device).load(state["ema"], path).eval(), state
 
-def load_init(path, asked):
-    """What --init names, a diffusion model of the arguments asked: of EDM, of ECT, or ours."""
-    if path == "edm":
-        path = str(fid.fetch(*EDM))
-        say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what is made of them")
-    if path.endswith(".pkl"):
-        (state, arguments), kind = load_edm(path), "diffusion model of EDM or ECT"
-        net = UNet(**arguments).load(state, path)
-    else:
-        with fid.blame("--init"):
-            net, state = load_checkpoint(path)
-        kind = f"{state['method']} model of ours"
-    its = {name: net.arguments[name] for name in asked}
-    say(f"--init: {path} is a {kind}, {its}")
-    if not kind.startswith("diffusion") or its != asked:
-        raise UserError(f"--init {path} is a {kind} of {its}: give a diffusion model of {asked}, "
-                        "as diffusion.pt of a run")
-    return net
-
 class Run:
     """A run: settings, data, device, folder, log."""
-    def __init__(self, c, data, device, saved):
+    def __init__(self, c, data, device, saved, extractor, init):
         self.c, self.data, self.device, self.saved = c, data, device, saved
+        self.extractor, self.init = extractor, init
         self.out, self.stop, self.log = Path(c.out), 0, saved.get("log", [])
         self.classes = len(data.classes) if c.classes else 0
         self.steps = torch.tensor(c.steps, device=device)
@@ -699,11 +671,7 @@ class Run:
         if not (logs or saves):
             return
         self.recent = [each.cpu() for each in self.recent]
-        if not trainer.scaler.is_enabled():  # which skips such steps
-            self.check(phase, step - len(self.recent))
-        if saves and not all(p.isfinite().all() for p in trainer.params):
-            sys.exit(f"error: weights not finite in {phase} iteration {step}; the last checkpoint "
-                     "is kept: try a smaller --lr")
+        self.check(trainer, step)
         if logs:
             speed = (step - self.first) * c.batch / (time.time() - self.start)
             left = int((trainer.iters - step) * c.batch / speed)
@@ -714,9 +682,6 @@ class Run:
             self.recent, self.first, self.start = [], step, time.time()
             say(f"{phase} {step}  loss {self.log[-1]['loss']:.5f}  {speed:.0f} images/s  "
                 f"{left // 60}:{left % 60:02} left", f" {skipped} skipped" if skipped else "")
-            if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < 1:
-                sys.exit(f"error: fp16 overflows at every loss scale, {skipped} steps were skipped;"
-                         " the last checkpoint is kept: try --precision bf16")
         if RANK == 0:
             lines = "".join(json.dumps(row) + "\n" for row in self.log)
             write(self.out / "metrics.jsonl", lambda path: path.write_text(lines))
@@ -735,22 +700,71 @@ class Run:
         if last:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    def check(self, phase, first):
-        """Stops at a loss that is not finite, and says what was drawn for it."""
-        for i, losses in enumerate(self.recent):
-            for j in (~losses.isfinite()).nonzero().flatten().tolist():
-                j += RANK * len(losses)
-                drawn = draw(self, phase, first + i).items()
-                drawn = {name: value[j].item() for name, value in drawn if value.ndim == 1}
-                sys.exit(f"error: loss not finite in {phase} iteration {first + i}, sample {j}, "
-                         f"{drawn}; the last checkpoint is kept: try a smaller --lr, or "
-                         "--precision fp32")
+    def check(self, trainer, step):
+        """Ends a run that cannot go on, and says what was drawn for the first bad loss."""
+        scaler, bad, trouble = trainer.scaler, (~torch.stack(self.recent).isfinite()).nonzero(), ""
+        if len(bad) and not scaler.is_enabled():  # which skips such steps
+            i, j = (bad[0] - torch.tensor([len(self.recent), 0])).tolist()
+            sample, step = j + RANK * len(self.recent[0]), step + i
+            drawn = {name: value[sample].item() for name, value in draw(
+                self, trainer.phase, step).items() if value.ndim == 1}
+            trouble = f"loss not finite, sample {sample}, {drawn}"
+        elif scaler.is_enabled() and scaler.get_scale() < 1:
+            trouble = "fp16 overflows at every loss scale"
+        elif not torch.stack(torch._foreach_norm(trainer.params)).isfinite().all():
+            trouble = "weights not finite"
+        if trouble:
+            sys.exit(f"error: {trainer.phase} iteration {step}: {trouble}; the last checkpoint is "
+                     "kept: try a smaller --lr or another --precision")
     def save(self, name, ema, phase, **more):
         method = "diffusion" if phase == "pretrain" else self.c.method
         state = dict(ema=ema.state_dict(), arguments=ema.arguments, method=method, phase=phase,
                      schedule="edm" if method == "ect" else "cosine", data=self.data.name,
                      config=vars(self.c), **more)
         write(self.out / name, lambda path: torch.save(state, path))
+
+# The command line, checked, and what it names, read.
+
+def load_init(path, asked):
+    """What --init names, a diffusion model of the arguments asked: of EDM, of ECT, or ours."""
+    if path == "edm":
+        path = str(fid.fetch(*EDM))
+        say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what is made of them")
+    if path.endswith(".pkl"):
+        (state, arguments), kind = load_edm(path), "diffusion model of EDM or ECT"
+        net = UNet(**arguments).load(state, path)
+    else:
+        with fid.blame("--init"):
+            net, state = load_checkpoint(path)
+        kind = f"{state['method']} model of ours"
+    its = {name: net.arguments[name] for name in asked}
+    say(f"--init: {path} is a {kind}, {its}")
+    if not kind.startswith("diffusion") or its != asked:
+        raise UserError(f"--init {path} is a {kind} of {its}: give a diffusion model of {asked}, "
+                        "as diffusion.pt of a run")
+    return net
+
+def inputs(c):
+    """What the first process reads for all -> data, the diffusion model to begin with or None."""
+    data = load_data(c.data)
+    side = data.images.shape[-1]
+    c.data = f"{data.name}, {len(data.images)} images of {side}x{side}"
+    c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
+    if c.classes and not data.classes:
+        raise UserError(f"--classes: {c.data} has none: give a folder of folders, or leave it out")
+    begun = any(Path(c.out, name).exists() for name in ("latest.pt", "diffusion.pt"))
+    if begun and c.init not in ("auto", "none"):
+        say(f"--init is not looked at: {c.out} has its own diffusion model already")
+    if not begun and (c.init, c.device, side, c.net, c.classes) == (
+            "auto", "cuda", 32, "edm", False):
+        try:
+            fid.fetch(*EDM)
+            c.init = "edm"
+        except UserError as error:
+            say(f"{error}\nNo EDM weights: a diffusion model is trained first")
+    if begun or c.init in ("auto", "none"):
+        return data, None
+    return data, load_init(c.init, dict(resolution=side, classes=len(data.classes) * c.classes))
 
 def open_folder(out):
     """Make --out ours alone -> its latest checkpoint (or {}), the lock (the system drops it)."""
@@ -766,29 +780,6 @@ def open_folder(out):
     latest = out / "latest.pt"
     return (load_checkpoint(latest)[1] if latest.exists() else {}), lock
 
-def inputs(c):
-    """What the first process reads for all -> data, the diffusion model to begin with or None."""
-    data = load_data(c.data)
-    side = data.images.shape[-1]
-    c.data = f"{data.name}, {len(data.images)} images of {side}x{side}"
-    c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
-    if c.classes and not data.classes:
-        raise UserError(f"--classes: {c.data} has none: give a folder of folders, or leave it out")
-    if any(Path(c.out, name).exists() for name in ("latest.pt", "diffusion.pt")):
-        if c.init not in ("auto", "none"):
-            say(f"--init is not looked at: {c.out} has its own diffusion model already")
-        return data, None
-    if c.init == "auto" and c.device == "cuda" and side == 32 and (
-            (c.net, c.width, c.classes) == ("edm", None, False)):
-        try:
-            fid.fetch(*EDM)
-            c.init = "edm"
-        except UserError as error:
-            say(f"{error}\nNo EDM weights: a diffusion model is trained first")
-    wanted = dict(resolution=side, classes=len(data.classes) if c.classes else 0)
-    wanted.update({"width": c.width} if c.width else {})
-    return data, None if c.init in ("auto", "none") else load_init(c.init, wanted)
-
 def refuse_contradictions(parser, c):
     if c.segmented and (c.method != "ect" or len(c.steps) > 1):
         parser.error("--segmented needs --method ect and a single --steps")
@@ -799,12 +790,12 @@ def refuse_contradictions(parser, c):
                      "processes: make it a multiple")
 
 def prepare(arguments):
-    """The command line, checked -> run, feature extractor, the model of --init or None, lock."""
-    parser = settings("cuda" if torch.cuda.is_available() else "cpu")
-    c = parser.parse_args(arguments)
-    parser.set_defaults(**PRESETS[c.device])  # and read it again, now that the device is known
-    c = parser.parse_args(arguments)
-    if c.device == "cuda" and not torch.cuda.is_available():
+    """The command line, checked, and all that it names, read -> Run, lock."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser, _ = settings(here)
+    given = vars(parser.parse_args(arguments))
+    c = types.SimpleNamespace(**{**settings(given.get("device", here))[1], **given})
+    if c.device == "cuda" and here == "cpu":
         parser.error("--device cuda: torch sees no GPU here; use --device cpu")
     refuse_contradictions(parser, c)
     device = torch.device("cpu")
@@ -819,19 +810,18 @@ def prepare(arguments):
         torch.distributed.broadcast_object_list(shared)
     c, data, init = shared
     saved, lock = open_folder(Path(c.out))
+    # What the run was begun with stays, even where it is another machine's default.
     frozen = {k: v for k, v in saved.get("config", {}).items() if k not in FREE}
-    parser.set_defaults(**frozen)  # and a third time: what is not given now is as it was
-    asked = dict(vars(parser.parse_args(arguments)), data=c.data)
-    for key, was in frozen.items():
-        if asked[key] != was:
-            parser.error(f"--{key.replace('_', '-')}: {c.out} was begun with {was}, not "
-                         f"{asked[key]}: leave that as it was, or choose another --out")
+    for key, now in {**given, "data": c.data}.items():
+        if frozen.get(key, now) != now:
+            parser.error(f"--{key.replace('_', '-')}: {c.out} was begun with {frozen[key]}, not "
+                         f"{now}: leave that as it was, or choose another --out")
     vars(c).update(frozen)
     refuse_contradictions(parser, c)
     torch.set_float32_matmul_precision("highest" if c.precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
     data.images, data.labels = data.images.to(device), data.labels.to(device)
-    return Run(c, data, device, saved), extractor, init, lock
+    return Run(c, data, device, saved, extractor, init), lock
 
 if __name__ == "__main__":
     fid.run(main)
