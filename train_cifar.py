@@ -47,7 +47,8 @@ def settings(device):
         value = defaults.setdefault(name.replace("-", "_"), default)
         if low is not None:
             more["type"] = number(type(high), low, high)
-        parser.add_argument("--" + name, help=f"{help} [{value}]", **more)
+        shown = str(value).strip("[]")
+        parser.add_argument("--" + name, help=f"{help} (default: {shown})", **more)
     switch = dict(action=argparse.BooleanOptionalAction)
     add("steps", "sampling steps to tune for; several: one network for all", [2], 1, 64, nargs="+")
     add("method", "consistency training, distillation, or Easy Consistency Tuning", "mct",
@@ -56,7 +57,7 @@ def settings(device):
     add("classes", "give the network the class labels", False, **switch)
     add("guidance", "mcd: the teacher's guidance weight, needs --classes", 0.0, 0, 100.0)
     add("init", "start from: edm (auto on a GPU), a .pkl of EDM or ECT, our .pt; or none", "auto")
-    add("out", "run folder; runs/DATA-METHOD-STEPS if empty", "")
+    add("out", "run folder; None: runs/DATA-METHOD-STEPS")
     add("device", "where to run", device, choices=("cuda", "cpu"))
     add("seed", "of all randomness", 0, 0, 2**31)
     add("iters", "tuning iterations", None, 1, 10**9)
@@ -319,24 +320,25 @@ class EDMUnpickler(pickle._Unpickler):  # Python's, as C's lets bytes claim giga
         if self.left < 0:
             raise ValueError("larger than any published network")
     def __getitem__(self, opcode):
-        self.spend(5)
+        self.spend(5 + (len(self.stack[-1]) if opcode in b"R\x81" else 0))  # calls copy arguments
         return OPERATIONS[opcode]
     def find_class(self, module, name):
         return {**dict.fromkeys(INERT, Object),
                 "torch_utils.persistence _reconstruct_persistent_obj": lambda kept: kept,
                 "torch._utils _rebuild_parameter": lambda tensor, *rest: tensor,
-                "torch._utils _rebuild_tensor_v2": self.tensor,
+                "torch._utils _rebuild_tensor_v2": lambda *given: given[:4],
                 "torch.storage _load_from_bytes": self.floats}[f"{module} {name}"]
     def floats(self, payload):
         """torch.save's bytes of old: five pickles (not run, only looked at), a length, the data."""
-        self.spend(500 + len(payload) // 250)
+        self.spend(500)
         head = io.BytesIO(payload[:1000])
         names = [arg for _ in range(5) for op, arg, _ in genops(head) if op.name == "GLOBAL"]
         if names != ["torch FloatStorage"]:
             raise ValueError(f"a storage of {names}")
-        return torch.frombuffer(bytearray(payload[head.tell() + 8:]), dtype=torch.float32)
-    def tensor(self, data, offset, size, stride, *rest):
-        weight = data.view(size)
+        return memoryview(payload)[head.tell() + 8:]
+    def tensor(self, data, offset, size, stride):  # only now, so that no operation can fill one
+        self.spend(500 + len(data) // 250)
+        weight = torch.frombuffer(bytearray(data), dtype=torch.float32).view(size[:4])
         if (offset, stride) != (0, weight.stride()):
             raise ValueError("a weight is not the whole of its storage in order")
         return weight
@@ -346,8 +348,8 @@ class EDMUnpickler(pickle._Unpickler):  # Python's, as C's lets bytes claim giga
                 self.spend(10 + len(prefix + name))
                 if type(value) is Object:
                     yield from self.weights(value, prefix + name + ".")
-                elif type(value) is torch.Tensor:
-                    yield prefix + name, value
+                elif type(value) is tuple:
+                    yield prefix + name, self.tensor(*value)
     def network(self):
         """-> weights by name, arguments for UNet. Those not looked at show in names or shapes."""
         ema = self.load()["ema"]
