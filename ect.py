@@ -94,8 +94,7 @@ def main(arguments=None, n=100_000):
         D = mcm.conditioned(net, N)
 
         def loss_of(eps, x, u, i):  # c = 100: squared, as in mcm.py and for the same reason
-            t = draw_t(len(x))
-            return ect_loss(D, x, eps, t, stage(i, 300), c=100.0, edges=edges)
+            return ect_loss(D, x, eps, draw_t(len(x)), stage(i, 300), c=100.0, edges=edges)
         mcm.train_toy(net, loss_of)
         with torch.no_grad():
             x = D(80 * z, torch.full((n,), 80.0))

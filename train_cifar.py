@@ -367,12 +367,9 @@ class EDMUnpickler(pickle._Unpickler):  # Python's, as C's lets bytes claim giga
 
 def load_edm(path):
     """EDM's or ECT's pickle -> (the state dict of its EMA, the arguments for UNet)."""
-    with open(path, "rb") as file:
-        try:
-            return EDMUnpickler(file).network()
-        except Exception as error:  # whatever the bytes led to, it is the file that is wrong
-            raise UserError(f"{path}: not a network of EDM or ECT that fits ours (download it "
-                            f"again or give another --init): {error!r:.300}") from error
+    with (fid.blame(f"{path}: no network of EDM or ECT that fits ours: give another --init"),
+          open(path, "rb") as file):
+        return EDMUnpickler(file).network()
 
 # ---- One step: what is drawn, which loss, which update -------------------------------------------
 
@@ -770,16 +767,12 @@ def inputs(c):
 
 def open_folder(out):
     """Make --out ours alone -> its latest checkpoint (or {}), the lock (the system drops it)."""
-    try:
+    latest = out / "latest.pt"
+    with fid.blame(f"--out {out} cannot be written or is in use by another run: choose another"):
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a")
         if RANK == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out {out} is in use by another run: wait, or choose another") from None
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error}): choose another") from None
-    latest = out / "latest.pt"
     return (load_checkpoint(latest)[1] if latest.exists() else {}), lock
 
 def refuse_contradictions(parser, c):
