@@ -4,7 +4,7 @@
     python fid.py samples train --features random --n 1000    # CIFAR's test set: 1.68, floor 1.13
 A, B: a folder, an .npz (uint8 NHWC arr_0, B: or mu, sigma), cifar10 (train). Floor: real to real.
 """
-import argparse, contextlib, hashlib, json, socket, sys, time, warnings
+import argparse, contextlib, glob, hashlib, json, socket, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ class Parser(argparse.ArgumentParser):
 def run(main):  # the one place where exceptions become a line and an exit code
     try:
         return main()
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full: give a smaller --batch, or when training --accum")
     except (UserError, OSError, KeyboardInterrupt) as error:
         print("error:", " ".join(str(error).split()) or "interrupted", file=sys.stderr)
         sys.exit({UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
@@ -41,9 +43,9 @@ def blame(message):  # whatever a library raises over a foreign file or server b
 def fetch(url, sha256, folder=None, timeout=30):
     """The path of url's file in folder (or torch's hub cache), downloaded if it is not there."""
     path = Path(folder or Path(torch.hub.get_dir(), "checkpoints"), url.rsplit("/", 1)[-1])
-    path.parent.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(timeout)  # seconds of silence; the library would wait for ever
     with blame(f"{path} is missing, truncated or another file: put {url} there"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():  # under another name until the hash is right
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
@@ -131,8 +133,9 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2); with cov1 = R R' the last trace is that
     of (R' cov2 R)^1/2, which is symmetric: the roots of its eigenvalues do, no matrix root."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x).double().cpu() for x in (mu1, cov1, mu2, cov2))
-    if cov1.shape != cov2.shape or not (cov1 + cov2).isfinite().all():
-        raise UserError("two or more images a set, please, and finite features, as many in both")
+    if not mu1.shape == mu2.shape == cov1.shape[1:] == cov2.shape[1:] or not (
+            mu1 - mu2 + cov1 + cov2).isfinite().all():
+        raise UserError("give two or more images a set, and finite features, as many in both")
     values, vectors = torch.linalg.eigh(cov1)  # for n <= d, zeros arrive as rounding
     root = vectors * values.where(values > 1e-12 * values[-1], 0).sqrt()
     shared = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
@@ -152,6 +155,13 @@ def evaluate(batches, extractor, total=0):
             print(left, end="   \r", file=sys.stderr)
     return statistics
 
+def load_image(file):
+    from PIL import Image
+    with Image.open(file) as image:
+        if image.mode[0] in "IF":  # the library would clip it to white
+            raise ValueError("more than 8 bits a channel")
+        return image.convert("RGB")
+
 def read(source="cifar10"):
     """uint8 [N, 3, H, W], labels [N], class names (if any) of a folder, an .npz or cifar10."""
     from torchvision.datasets import CIFAR10, folder
@@ -164,17 +174,19 @@ def read(source="cifar10"):
         elif str(source).endswith(".npz"):
             arrays, classes = np.load(source), []  # runs no pickles
             images, labels = arrays["arr_0"].astype(np.uint8, casting="no"), arrays.get("arr_1", 0)
-        elif not Path(source).exists():
+        elif not source or not Path(source).exists():
             raise FileNotFoundError("it does not exist")
-        else:
-            files = sorted(f for f in Path(source).rglob("*") if folder.is_image_file(f.name))
-            images = [np.asarray(blame(file)(folder.pil_loader)(file)) for file in files]
+        else:  # glob follows links to folders
+            names = glob.glob(f"{glob.escape(str(source))}/**", recursive=True)
+            files = sorted(Path(name) for name in names if folder.is_image_file(name))
+            images = [np.asarray(blame(file)(load_image)(file)) for file in files]
             tops = ["".join(file.relative_to(source).parts[:-1][:1]) for file in files]
             classes, labels = np.unique(tops, return_inverse=True)
         x = torch.tensor(np.stack(images)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
-        labels = torch.as_tensor(labels).long().expand(len(x))
-        if labels.min() < 0:
-            raise ValueError("a label is below 0")
+        labels = np.asarray(labels).astype(np.int64, casting="same_kind")
+        labels = torch.from_numpy(labels).expand(len(x))
+        if labels.min() < 0 or labels.max() > 9999:
+            raise ValueError("a label is below 0 or above 9999")
     return x, labels, [str(c) or "." for c in classes] if len(classes) > 1 else []
 
 def shuffled(source):  # always in the same order; a tensor is taken as it is
@@ -187,9 +199,12 @@ def reference(source, extractor, n, batch=64):
     path = str(cache if source == "cifar10" and cache.exists() else source)
     with blame(f"{path} is not a readable .npz: write it anew"):
         saved = dict(np.load(path)) if path.endswith(".npz") else {}
-    if {"mu", "sigma"} <= saved.keys():  # of n = 2, the scatter is the covariance
-        return Statistics(2, saved["mu"], saved["sigma"]), *saved.get("floor", (None, None))
+        if {"mu", "sigma"} <= saved.keys():  # n = 2, so that scatter / (n - 1) is the covariance
+            mu, sigma = (saved[name].astype(float, casting="same_kind") for name in ("mu", "sigma"))
+            return Statistics(2, mu, sigma), *saved.get("floor", (None, None))
     images = shuffled(source)
+    if len(images) < 4:
+        raise UserError(f"{source} has {len(images)} images: a reference needs four or more")
     n = min(n, len(images) // 2)
     parts = images.tensor_split([n, 2 * n])
     first, second, rest = (evaluate(x.split(batch), extractor, len(x)) for x in parts)
@@ -210,7 +225,7 @@ def main(arguments=None):
     parser.add_argument("--n", type=int, default=0, help="judge so many of A, drawn at random")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(arguments)
-    if args.batch < 1 or (args.n or 4) < 4 or (args.weights and args.features != "inception"):
+    if not 0 < args.batch < 10**6 or (args.n or 4) < 4 or (args.weights and args.features != "inception"):
         parser.error("--batch must be 1 or more, --n 4 or more, --weights for inception only")
     for path in [p for p in (args.a, args.b) if not (p == "cifar10" or Path(p).exists())]:
         parser.error(f"{path} does not exist: give a folder, an .npz or cifar10")
@@ -223,7 +238,8 @@ def main(arguments=None):
                   value=round(frechet_distance(fake.mean, fake.cov, real.mean, real.cov), 4),
                   n=fake.n, features=extractor.name, reference=args.b, floor=floor, floor_n=floor_n,
                   warning="too large by about the floor: n < d" if fake.n < len(fake.mean) else "")
-    words = [f"{k} {v:.4f}" if type(v) is float else f"{k} {v}" for k, v in result.items() if v]
+    words = [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
+             for k, v in result.items() if v not in ("", None)]
     print(json.dumps(result) if args.json else ", ".join(words))
 
 if __name__ == "__main__":

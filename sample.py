@@ -94,7 +94,7 @@ def generate(net, method, steps, z, sampler=None, segmented=False, **condition):
     if segmented:
         f = mcm.as_f(net, mcm.edm, steps, **condition)
         return multistep(f, mcm.SIGMA_MAX * z, [mcm.SIGMA_MAX, *edges, 0.0], mcm.edm)
-    # The further noise is a function of the first, so that results repeat.
+    # The further noise is a function of the batch's first, so that results repeat.
     g = torch.Generator(z.device).manual_seed(int(z.double().abs().sum() * 1e6))
     noise = torch.randn(steps, *z.shape, generator=g, device=z.device)
     sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else edges)]  # ECT's sigma, or ours
@@ -149,7 +149,7 @@ def main(arguments=None):
         parser.error(f"--steps {steps}: {args.checkpoint} was trained for {config['steps']}")
     if label is not None and label >= classes:
         parser.error(f"--class-label {label}: {args.checkpoint} knows {classes} classes")
-    net.compile(disable=args.device == "cpu")
+    net.model.compile(dynamic=True, disable=args.device == "cpu")
     side, x = net.arguments["resolution"], []
     z = torch.randn(args.n, 3, side, side, generator=torch.Generator().manual_seed(args.seed))
     index = torch.arange(args.n) % max(classes, 1) if label is None else torch.tensor(label)

@@ -32,11 +32,12 @@ PRESETS = {
     # along the chain of references and a short run cannot wash them out.
     "cpu": dict(iters=2100, pretrain_iters=2800, batch=32, lr=2e-3, pretrain_lr=2e-3, ema=0.995,
                 dropout=0.0, net="small", T=[8, 64], huber_eps=0.1, q=2.0, double_every=300,
-                ect_c=50.0, precision="fp32", compile=False, fd_samples=1000, save_every=500),
+                ect_c=50.0, precision="fp32", compile=False, fd_samples=1000, save_every=500,
+                init="none", features="random"),
     # ECT's hour for every method; the long one, ect.RECIPES["long"], by --iters, --q, ...
     "cuda": dict(ect.RECIPES["hour"], pretrain_iters=100_000, pretrain_lr=5e-4, net="edm",
                  T=[64, 1280], huber_eps=1e-4, ect_c=0.0, precision="fp16", compile=True,
-                 fd_samples=50_000, save_every=1000)}
+                 fd_samples=50_000, save_every=1000, init="auto", features="auto")}
 
 def settings(device):
     """-> the parser of the command line, which keeps only what is given, and all the defaults."""
@@ -56,7 +57,7 @@ def settings(device):
     add("data", "auto (CIFAR-10, else shapes), cifar10, shapes, an image folder or .npz", "auto")
     add("classes", "give the network the class labels", False, **switch)
     add("guidance", "mcd: the teacher's guidance weight, needs --classes", 0.0, 0, 100.0)
-    add("init", "start from: edm (auto on a GPU), a .pkl of EDM or ECT, our .pt; or none", "auto")
+    add("init", "start from: edm, a .pkl of EDM or ECT, our .pt; none; auto: edm, else none")
     add("out", "run folder; None: runs/DATA-METHOD-STEPS")
     add("device", "where to run", device, choices=("cuda", "cpu"))
     add("seed", "of all randomness", 0, 0, 2**31)
@@ -77,7 +78,7 @@ def settings(device):
     add("precision", "of the network", choices=("fp16", "tf32", "bf16", "fp32"))
     add("compile", "torch.compile the step", **switch)
     add("accum", "parts to split a batch into that does not fit in memory", 1, 1, 10**4)
-    add("features", "of the distance: inception, random, or a TorchScript file", "random")
+    add("features", "of the distance: inception, random, a TorchScript file; auto: as it can be")
     add("fd-samples", "samples for the distance", None, 2, 10**7)
     add("many", "Heun steps that show the diffusion model at its best", 18, 2, 10**4)
     add("save-every", "iterations between checkpoints", None, 1, 10**9)
@@ -209,14 +210,14 @@ class DDPMpp(nn.Module):
 class UNet(nn.Module):
     """D(x, sigma) under EDM's preconditioning, sigma_data = 0.5, the same in train() and eval().
 
-    Another network needs the same forward, .arguments to rebuild it, .half and .load.
+    Another network needs the same forward, .arguments to rebuild it, .autocast and .load.
     """
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, **more):  # more: see DDPMpp
         super().__init__()
         self.arguments = {"classes": 0, "resolution": 32, **more,
                           "width": width, "mult": mult, "blocks": blocks}
         self.model = DDPMpp(**self.arguments)
-        self.half = None  # the autocast dtype of the raw network
+        self.autocast = None  # the dtype of the raw network, None: float32
     def forward(self, x, sigma, labels=None, augment=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
 
@@ -230,7 +231,7 @@ class UNet(nn.Module):
         s = sigma.view(-1, 1, 1, 1)
         scale = (s**2 + 0.25).rsqrt()
         # Autocast inside: each pass has its own weight cache, and the no-grad pass can't poison it.
-        with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             out = self.model(x * scale, sigma.log() / 4, labels, augment, segment, seed)
         return 0.25 * scale**2 * x + 0.5 * s * scale * out.float()
     def load(self, state, name):
@@ -268,13 +269,6 @@ def shapes(n=20_000, size=32):
 
 def load_data(spec):
     """--data -> .name, .images, .labels, .classes; square images whose side a U-Net can halve."""
-    if spec == "auto":
-        try:
-            return load_data("cifar10")
-        except UserError:
-            say("*** NO CIFAR-10 HERE, AND NO DOWNLOAD (--data cifar10 says why): THE BUILT-IN "
-                "SHAPES STAND IN FOR IT ***")
-            spec = "shapes"
     images, labels, classes = shapes() if spec == "shapes" else fid.read(spec)
     n, _, height, width = images.shape
     if height != width or height % 16 or n < 8:
@@ -412,11 +406,11 @@ def step_loss(net, teacher, c, phase, stage, edges, x, eps, seed, t, N=None, s=N
         N = c.steps[0] if c.segmented else 1  # 1: one segment, from 80 down to 0
         denoise = mcm.conditioned(net, N, seed=seed, **labels)
         return ect.ect_loss(denoise, x, eps, t, stage, q=c.q, c=c.ect_c, edges=edges)
-    leads = mcm.as_f(teacher, **labels) if c.method == "mcd" else None
+    guide = mcm.as_f(teacher, **labels) if c.method == "mcd" else None  # else the data itself
     if c.guidance:
-        leads = mcm.guided(leads, mcm.as_f(teacher), c.guidance)
+        guide = mcm.guided(guide, mcm.as_f(teacher), c.guidance)
     f = mcm.as_f(net, steps=N, seed=seed, **labels)
-    return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=leads, huber_eps=c.huber_eps)
+    return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=guide, huber_eps=c.huber_eps)
 
 def rectification(step, beta=0.999):
     """RAdam is Adam times this factor (Liu et al. 1908.03265), a function of the step alone.
@@ -452,12 +446,15 @@ class Trainer:
             loss = self.loss(self.net, self.teacher, c, self.phase, stage, self.edges, **part)
             self.scaler.scale(loss.mean() / parts).backward()
             losses.append(loss.detach().clone())  # CUDA graphs reuse its memory
-        for p in self.params if WORLD > 1 else ():
-            if p.grad is not None:
-                torch.distributed.all_reduce(p.grad)
+        if WORLD > 1:  # in one message, not one for each weight
+            grads = [p.grad for p in self.params if p.grad is not None]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            torch.distributed.all_reduce(flat)
+            shares = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [s.view_as(g) for s, g in zip(shares, grads)])
         return torch.cat(losses)
     def update(self, step):
-        """Adam, rate falling to 0; an average, its decay rising from 0.1 to forget the start."""
+        """Adam, rate falling to 0; an average, whose decay rises from 0.1 to forget the start."""
         rate = self.lr * rectification(step + 1) * (1 - step / self.iters)
         self.optimizer.param_groups[0]["lr"] = rate
         self.scaler.step(self.optimizer)
@@ -481,8 +478,8 @@ def report(run, diffusion, tuned):
     c, n, rows = run.c, run.c.fd_samples, []
     real, floor, floor_n = fid.reference(run.data.images, run.extractor, n)
     metric = fid.metric_name(run.extractor.name, n)
-    for net in (diffusion, tuned):
-        net.compile(disable=not c.compile)
+    for net in (diffusion, tuned):  # the raw network: its inputs have one dtype, so one graph
+        net.model.compile(dynamic=True, disable=not c.compile)
     def samples(model, N, sampler, first, last):
         net, method = (tuned, c.method) if model == "tuned" else (diffusion, "diffusion")
         return sample.generate(net, method, N, sampler=sampler, segmented=c.segmented,
@@ -501,7 +498,7 @@ def report(run, diffusion, tuned):
                 if run.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append((time.time() - start) / len(x))
-                yield x
+                yield from x.split(64)  # Inception's own activations are large
         made = fid.evaluate(batches(), run.extractor)
         rows.append(dict(
             model=model, method=c.method if model == "tuned" else "diffusion", steps=N,
@@ -529,30 +526,38 @@ def profile(trainer, steps=20):
     """--profile: speed, arithmetic, memory and interruptions of a tuning step on this machine."""
     from torch.utils.flop_counter import FlopCounterMode
     run, c, batch, cuda = trainer.run, trainer.run.c, {}, trainer.run.device.type == "cuda"
+    wait, watch = torch.cuda.synchronize, torch.cuda.set_sync_debug_mode
+    if not cuda:
+        wait = watch = lambda *_: None
     parts = {"draw": lambda i: batch.update(draw(run, "tune", i)),
              "forward and backward": lambda i: trainer.gradients(batch, i),
              "optimizer and average": trainer.update}
-    spent = dict.fromkeys(parts, 0.0)
-    with warnings.catch_warnings(record=True) as syncs:
-        for i in range(-5, steps):  # the first five compile and warm up
-            if i == 0 and cuda:  # from here on, torch warns of each operation that waits
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-            for name, part in parts.items():
+    spent = dict.fromkeys([*parts, "step"], 0.0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for i in range(-5, 2 * steps):  # compiles and warms up, times each part, then all at once
+            if i == steps:
+                watch("warn")  # from here on, torch warns of each operation that waits
                 start = time.perf_counter()
+            for name, part in parts.items():
+                began = time.perf_counter()
                 part(max(i, 0))
-                if cuda:
-                    torch.cuda.synchronize()
-                spent[name] += (time.perf_counter() - start) / steps * (i >= 0)
+                if i < steps:
+                    wait()
+                    spent[name] += (time.perf_counter() - began) / steps * (i >= 0)
+        watch("default")
+        wait()
+    spent["step"] = (time.perf_counter() - start) / steps
+    syncs = sum("called a synchronizing" in str(warning.message) for warning in seen)
     some = {key: value[:4] for key, value in batch.items()}
     given = trainer.net, trainer.teacher, c, "tune", torch.tensor(0), trainer.edges
     with FlopCounterMode(display=False) as flops:
         step_loss(*given, **some).sum().backward()
-    flop, speed = flops.get_total_flops() / 4, c.batch / WORLD / sum(spent.values())
+    flop, speed = flops.get_total_flops() / 4, c.batch / WORLD / spent["step"]
     peak = (torch.cuda.max_memory_allocated() if cuda
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     say(f"{speed:.0f} images/s, {flop / 1e9:.3f} GFLOP each, {flop * speed / 1e12:.3f} TFLOP/s, "
-        f"peak {peak / 2**30:.2f} GiB, {len(syncs)} host synchronisations in {steps} steps, "
+        f"peak {peak / 2**30:.2f} GiB, {syncs} host synchronisations in {steps} steps, "
         f"{torch._dynamo.explain(step_loss)(*given, **some).graph_break_count} graph breaks;",
         ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in spent.items()))
 
@@ -564,13 +569,15 @@ def main(arguments=None):
     # The network to tune: the same with a segment embedding, which is zero and changes nothing yet.
     net = UNet(**{**diffusion.arguments, "dropout": c.dropout,
                   "segments": max(c.steps) * (max(c.steps) + 1) // 2})
-    net.to(run.device).load(diffusion.state_dict(), "diffusion.pt").half = diffusion.half
+    net.to(run.device).load(diffusion.state_dict(), "diffusion.pt").autocast = diffusion.autocast
     trainer = Trainer(run, net, "tune", diffusion)
     if c.profile:
         return profile(trainer)
     tuned = trainer.train()
     if RANK == 0:
         report(run, diffusion, tuned)
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 def diffusion_model(run):
     """The diffusion model to tune: this run's own, else what --init gave, else one trained here.
@@ -584,11 +591,11 @@ def diffusion_model(run):
         torch.manual_seed(c.seed)
         net = UNet(**NETS[c.net], dropout=c.dropout, classes=run.classes,
                    resolution=run.data.images.shape[-1]).to(run.device)
-        net.half = HALF.get(c.precision)
+        net.autocast = HALF.get(c.precision)
         net = net if c.profile else Trainer(run, net, "pretrain").train()
     if RANK == 0 and not own.exists() and not c.profile:
         run.save("diffusion.pt", net, "pretrain")
-    net.half = HALF.get(c.precision)
+    net.autocast = HALF.get(c.precision)
     return net.to(run.device).eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 # ---- Plumbing: folder, checkpoints, processes, arguments. Nothing below is about the method ------
@@ -624,11 +631,14 @@ def write(path, save):
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of ours -> (its averaged network, all of it)."""
-    with fid.blame(f"{path} is missing, damaged or no checkpoint of ours: give another"):
+    with (fid.blame(f"{path} is missing, damaged or no checkpoint of ours: remove it, give another"),
+          warnings.catch_warnings(action="ignore")):
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except pickle.UnpicklingError:  # whose text tells how to run what is in the file
             raise ValueError("not tensors and plain values") from None
+        if lacks := {"method", "config", "data"} - state.keys():
+            raise ValueError(f"it lacks {lacks}")
         return UNet(**state["arguments"]).to(device).load(state["ema"], path).eval(), state
 
 class Run:
@@ -650,9 +660,11 @@ class Run:
         return given
     def restore(self, trainer):
         """Take up latest.pt if it is of this phase -> iterations done."""
+        # The losses since the last log line, of this process's images, for the next one.
         self.recent, self.first, self.start = [], 0, time.time()
         if self.saved.get("phase") == trainer.phase:
-            self.recent, self.first = self.saved["recent"], self.saved["step"]
+            self.first, share = self.saved["step"], self.c.batch // WORLD
+            self.recent = [each for each in self.saved["recent"] if len(each) == share]
             for name in ("net", "ema", "optimizer", "scaler"):
                 if self.saved[name]:  # a scaler has a state with fp16 only
                     getattr(trainer, name).load_state_dict(self.saved[name])
@@ -703,11 +715,11 @@ class Run:
         """Ends a run that cannot go on, and says what was drawn for the first bad loss."""
         scaler, bad, trouble = trainer.scaler, (~torch.stack(self.recent).isfinite()).nonzero(), ""
         if len(bad) and not scaler.is_enabled():  # which skips such steps
-            i, j = (bad[0] - torch.tensor([len(self.recent), 0])).tolist()
-            sample, step = j + RANK * len(self.recent[0]), step + i
-            drawn = {name: value[sample].item() for name, value in draw(
+            i, j = bad[0].tolist()
+            which, step = j + RANK * len(self.recent[0]), step - len(self.recent) + i
+            drawn = {name: value[which].item() for name, value in draw(
                 self, trainer.phase, step).items() if value.ndim == 1}
-            trouble = f"loss not finite, sample {sample}, {drawn}"
+            trouble = f"loss not finite, sample {which}, {drawn}"
         elif scaler.is_enabled() and scaler.get_scale() < 1:
             trouble = "fp16 overflows at every loss scale"
         elif not torch.stack(torch._foreach_norm(trainer.params)).isfinite().all():
@@ -724,46 +736,64 @@ class Run:
 
 # The command line, checked, and what it names, read.
 
+AUTO = {"data": ("cifar10", "shapes", "the built-in shapes stand in for it"),
+        "init": ("edm", "none", "a diffusion model is trained first"),
+        "features": ("inception", "random", "random features measure the distance")}
+
+def choose(c, name, get):
+    """get(setting). "auto" is the first choice, or loudly the second where that cannot be had."""
+    if getattr(c, name) == "auto":
+        first, second, what = AUTO[name]
+        try:
+            found = get(first)
+            setattr(c, name, first)
+            return found
+        except UserError:
+            say(f"*** NO {first.upper()} HERE (--{name} {first} says why): {what.upper()} ***")
+            setattr(c, name, second)
+    return get(getattr(c, name))
+
 def load_init(path, asked):
-    """What --init names, a diffusion model of the arguments asked: of EDM, of ECT, or ours."""
+    """--init -> None, or a diffusion model of the arguments asked: of EDM, of ECT, or ours."""
+    if path == "none":
+        return None
     if path == "edm":
         path = str(fid.fetch(*EDM))
         say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what is made of them")
-    if path.endswith(".pkl"):
-        (state, arguments), kind = load_edm(path), "diffusion model of EDM or ECT"
-        net = UNet(**arguments).load(state, path)
-    else:
-        with fid.blame("--init"):
+    with fid.blame(f"--init {path}: give a diffusion model of {asked}, as diffusion.pt of a run"):
+        if path.endswith(".pkl"):
+            (state, arguments), kind = load_edm(path), "diffusion model of EDM or ECT"
+            net = UNet(**arguments).load(state, path)
+        else:
             net, state = load_checkpoint(path)
-        kind = f"{state['method']} model of ours"
-    its = {name: net.arguments[name] for name in asked}
-    say(f"--init: {path} is a {kind}, {its}")
-    if not kind.startswith("diffusion") or its != asked:
-        raise UserError(f"--init {path} is a {kind} of {its}: give a diffusion model of {asked}, "
-                        "as diffusion.pt of a run")
+            kind = f"{state['method']} model of ours"
+        its = {name: net.arguments[name] for name in asked}
+        say(f"--init: {path} is a {kind}, {its}")
+        if not kind.startswith("diffusion") or its != asked:
+            raise ValueError(f"this is a {kind} of {its}")
     return net
 
-def inputs(c):
-    """What the first process reads for all -> data, the diffusion model to begin with or None."""
-    data = load_data(c.data)
+def inputs(c, device):
+    """What the first process reads for all -> data, features, the model to begin with or None."""
+    features = choose(c, "features", lambda spec: fid.feature_extractor(spec, device))
+    data = choose(c, "data", load_data)
     side = data.images.shape[-1]
     c.data = f"{data.name}, {len(data.images)} images of {side}x{side}"
     c.out = c.out or f"runs/{data.name}-{c.method}-{'-'.join(map(str, c.steps))}"
     if c.classes and not data.classes:
         raise UserError(f"--classes: {c.data} has none: give a folder of folders, or leave it out")
-    begun = any(Path(c.out, name).exists() for name in ("latest.pt", "diffusion.pt"))
-    if begun and c.init not in ("auto", "none"):
-        say(f"--init is not looked at: {c.out} has its own diffusion model already")
-    if not begun and (c.init, c.device, side, c.net, c.classes) == (
-            "auto", "cuda", 32, "edm", False):
-        try:
-            fid.fetch(*EDM)
-            c.init = "edm"
-        except UserError as error:
-            say(f"{error}\nNo EDM weights: a diffusion model is trained first")
-    if begun or c.init in ("auto", "none"):
-        return data, None
-    return data, load_init(c.init, dict(resolution=side, classes=len(data.classes) * c.classes))
+    latest, own = Path(c.out, "latest.pt"), Path(c.out, "diffusion.pt")
+    if latest.exists() and not own.exists() and load_checkpoint(latest)[1].get("phase") == "tune":
+        raise UserError(f"--out {c.out} has no diffusion.pt, which its latest.pt tunes: put it "
+                        "back, or choose another --out")
+    if latest.exists() or own.exists():
+        if c.init not in ("auto", "none"):
+            say(f"--init is not looked at: {c.out} has its own diffusion model already")
+        return data, features, None
+    if c.init == "auto" and c.net != "edm":
+        c.init = "none"
+    asked = dict(resolution=side, classes=len(data.classes) if c.classes else 0)
+    return data, features, choose(c, "init", lambda path: load_init(path, asked))
 
 def open_folder(out):
     """Make --out ours alone -> its latest checkpoint (or {}), the lock (the system drops it)."""
@@ -796,14 +826,16 @@ def prepare(arguments):
     device = torch.device("cpu")
     if c.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            parser.error(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if WORLD > 1:
         torch.distributed.init_process_group("nccl" if c.device == "cuda" else "gloo")
-    extractor = fid.feature_extractor(c.features, device) if RANK == 0 else None
-    shared = [c, *inputs(c)] if RANK == 0 else [None] * 3
+    data, extractor, init = inputs(c, device) if RANK == 0 else [None] * 3
     if WORLD > 1:  # so one process downloads, and none can have others
+        shared = [c, data, init]
         torch.distributed.broadcast_object_list(shared)
-    c, data, init = shared
+        c, data, init = shared
     saved, lock = open_folder(Path(c.out))
     # What the run was begun with stays, even where it is another machine's default.
     frozen = {k: v for k, v in saved.get("config", {}).items() if k not in FREE}
