@@ -59,7 +59,8 @@ def default_edges(steps):
     return (sigma / alpha).float()
 
 def lower_edge(t, edges):
-    """The largest of 0 and `edges` below t [B]. An edge, or all but, is of the segment below it."""
+    """The largest of 0 and `edges` below t [B]. An edge, or all but, is of the segment below it, as
+    in mcm.segment."""
     return torch.cat([edges.new_zeros(1), edges])[torch.bucketize(t * (1 - 1e-6), edges)]
 
 def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):

@@ -97,7 +97,8 @@ def generate(net, method, steps, z, sampler=None, segmented=False, **condition):
     # The further noise is a function of the batch's first, so that results repeat.
     g = torch.Generator(z.device).manual_seed(int(z.double().abs().sum() * 1e6))
     noise = torch.randn(steps, *z.shape, generator=g, device=z.device)
-    sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else edges)]  # ECT's sigma, or ours
+    # For two steps ECT gives the sigma. For others we take steps of equal length in cosine's t.
+    sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else edges)]
     return renoise(mcm.conditioned(net, 1, **condition), z, sigmas, noise).float()
 
 def to_uint8(x):

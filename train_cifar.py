@@ -631,7 +631,8 @@ def write(path, save):
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of ours -> (its averaged network, all of it)."""
-    with (fid.blame(f"{path} is missing, damaged or no checkpoint of ours: remove it, give another"),
+    with (fid.blame(f"{path} is missing, damaged or no checkpoint of ours: give another, or in a "
+                    "run's own folder remove it, to begin again"),
           warnings.catch_warnings(action="ignore")):
         try:
             state = torch.load(path, map_location=device, weights_only=True)
