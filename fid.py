@@ -27,9 +27,7 @@ class Parser(argparse.ArgumentParser):
 def run(main):  # the one place where exceptions become a line and an exit code
     try:
         return main()
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full: give a smaller --batch, or when training --accum")
-    except (UserError, OSError, KeyboardInterrupt) as error:
+    except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         print("error:", " ".join(str(error).split()) or "interrupted", file=sys.stderr)
         sys.exit({UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
 
@@ -84,9 +82,7 @@ def random_features(images):
     """uint8 [N, 3, H, W] -> [N, 36]: log energies of random filters, and where which colour is."""
     x, rng = images.float() / 127.5 - 1, np.random.default_rng(2)
     features = [nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)]
-    # Few features, as the floor grows with their number. Weights, the 0.02 below and the seed were
-    # chosen so that noise, blur, grey and missing classes in CIFAR all lie far above the floor.
-    for scale, weight in (1, 24), (2, 8):
+    for scale, weight in (1, 24), (2, 8):  # chosen on CIFAR; few, as the floor grows with them
         y = nn.functional.avg_pool2d(x, scale)
         for layer in range(2):  # nothing is strided before it is measured, so grain is seen
             filters = rng.standard_normal((12, y.shape[1], 3, 3)) / (9 * y.shape[1]) ** 0.5
@@ -135,9 +131,9 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2); with cov1 = R R' the last trace is that
     of (R' cov2 R)^1/2, which is symmetric: the roots of its eigenvalues do, no matrix root."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x).double().cpu() for x in (mu1, cov1, mu2, cov2))
-    if not mu1.shape == mu2.shape == cov1.shape[1:] == cov2.shape[1:] or not (
-            mu1 - mu2 + cov1 + cov2).isfinite().all():
-        raise UserError("give two or more images a set, and finite features, as many in both")
+    fit = mu1.shape == mu2.shape == cov1.shape[1:] == cov2.shape[1:] != ()
+    if not (fit and (mu1 - mu2 + cov1 + cov2).isfinite().all()):
+        raise UserError("give two or more images, four in B, and finite features, as many in both")
     values, vectors = torch.linalg.eigh(cov1)  # for n <= d, zeros arrive as rounding
     root = vectors * values.where(values > 1e-12 * values[-1], 0).sqrt()
     shared = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
@@ -176,20 +172,17 @@ def read(source="cifar10"):
         elif str(source).endswith(".npz"):
             arrays, classes = np.load(source), []  # runs no pickles
             images, labels = arrays["arr_0"].astype(np.uint8, casting="no"), arrays.get("arr_1", 0)
-        elif not source or not Path(source).exists():
-            raise FileNotFoundError("it does not exist")
-        else:  # glob follows links to folders
-            names = glob.glob(f"{glob.escape(str(source))}/**", recursive=True)
-            files = sorted(Path(name) for name in names if folder.is_image_file(name))
-            images = [np.asarray(blame(file)(load_image)(file)) for file in files]
-            tops = ["".join(file.relative_to(source).parts[:-1][:1]) for file in files]
-            classes, labels = np.unique(tops, return_inverse=True)
+        else:
+            Path(source or "?").stat()  # or the system's words for what is missing
+            names = glob.glob("**", root_dir=source, recursive=True)  # follows links to folders
+            names = sorted(filter(folder.is_image_file, names))
+            images = [np.asarray(blame(name)(load_image)(Path(source, name))) for name in names]
+            classes, labels = np.unique([n[:n.find("/") + 1] for n in names], return_inverse=True)
         x = torch.tensor(np.stack(images)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
-        labels = np.asarray(labels).astype(np.int64, casting="same_kind")
-        labels = torch.from_numpy(labels).expand(len(x))
-        if labels.min() < 0 or labels.max() > 9999:
+        labels = torch.from_numpy(np.broadcast_to(labels, len(x)).astype(int, casting="same_kind"))
+        if not 0 <= labels.min() <= labels.max() < 10**4:
             raise ValueError("a label is below 0 or above 9999")
-    return x, labels, [str(c) or "." for c in classes] if len(classes) > 1 else []
+    return x, labels, [str(c).rstrip("/") or "." for c in classes] if len(classes) > 1 else []
 
 def shuffled(source):  # always in the same order; a tensor is taken as it is
     images = source if torch.is_tensor(source) else read(source)[0]
@@ -205,8 +198,6 @@ def reference(source, extractor, n, batch=64):
             mu, sigma = (saved[name].astype(float, casting="same_kind") for name in ("mu", "sigma"))
             return Statistics(2, mu, sigma), *saved.get("floor", (None, None))
     images = shuffled(source)
-    if len(images) < 4:
-        raise UserError(f"{source} has {len(images)} images: a reference needs four or more")
     n = min(n, len(images) // 2)
     parts = images.tensor_split([n, 2 * n])
     first, second, rest = (evaluate(x.split(batch), extractor, len(x)) for x in parts)
@@ -227,7 +218,8 @@ def main(arguments=None):
     parser.add_argument("--n", type=int, default=0, help="judge so many of A, drawn at random")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(arguments)
-    if not 0 < args.batch < 10**6 or (args.n or 4) < 4 or (args.weights and args.features != "inception"):
+    if not 0 < args.batch < 10**6 or (args.n or 4) < 4 or (
+            args.weights and args.features != "inception"):
         parser.error("--batch must be 1 or more, --n 4 or more, --weights for inception only")
     for path in [p for p in (args.a, args.b) if not (p == "cifar10" or Path(p).exists())]:
         parser.error(f"{path} does not exist: give a folder, an .npz or cifar10")

@@ -275,6 +275,7 @@ def test_dropout_is_one_mask(device, backend, atol):
         once, again, other = (run(x, 1.0, seed=u) for u in (seed, seed, seed + 1))
         assert once.equal(again) and not once.allclose(other)
         assert once[1:].allclose(net(x[1:], 1.0, seed=seed[1:]), atol=atol)
+    assert net.eval()(x, 1.0, seed=seed).equal(net(x, 1.0, seed=seed + 1))
     asked = torch.ones(64, 16, 16, 16, device=device), 0.2, torch.arange(64, device=device), 3
     kept = train_cifar.dropout(*asked)
     assert kept.equal(torch.compile(train_cifar.dropout)(*asked))
@@ -437,7 +438,11 @@ def test_downloads(tmp_path):
         with pytest.raises(fid.UserError, match="file.pth"):
             fetch(*given)
         assert os.listdir(tmp_path) == []
-    assert fetch(head + good).read_bytes() == good and time.monotonic() - start < 30
+    path = fetch(head + good)
+    assert path.read_bytes() == good and time.monotonic() - start < 30
+    path.write_bytes(good[1:])  # as an interrupted copy
+    with pytest.raises(fid.UserError, match="file.pth is missing, truncated"):
+        fetch(head + good)
 
 # ---- The programs, as a user runs them -----------------------------------------------------------
 
@@ -581,11 +586,13 @@ def test_what_a_run_begins_with(folder):
     assert allclose(first["labels"].mean(0), 0.9 * shares, atol=0.02)  # one in ten without
     auto, _ = train_cifar.prepare((TINY + "--data auto --init auto --features auto").split())
     assert (auto.data.name, auto.c.init, auto.extractor.name) == ("shapes", "none", "random")
+    assert allclose(fid.reference("short.npz", auto.extractor, 9)[0].cov, np.eye(36))
     _, labels, classes = fid.read("FOLDER")
     assert labels.tolist() == 32 * [0] + 32 * [1] and classes == [".", "sub"]
 
 def test_what_cannot_go_on_says_so_and_keeps_what_was_there(folder, monkeypatch):
-    train("--out run")
+    train("--out run --lr 0.5")
+    assert train_cifar.prepare((TINY + "--out run").split())[0].c.lr == 0.5  # as it was begun with
     kept = Path("run/latest.pt").read_bytes()
     def refused(line, named):
         code, text = refusal("train_cifar", TINY + "--out run " + line)
@@ -604,6 +611,7 @@ def test_what_cannot_go_on_says_so_and_keeps_what_was_there(folder, monkeypatch)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # as a full disk
     refused("--iters 8", "cannot write run/latest.pt")
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(Path("run").glob(".part*"))
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 0.5)
     for value, precision, named in ((math.nan, "fp32", "tune iteration 6: loss not finite"),
                                     (1.0, "fp16", "fp16 overflows"),
@@ -619,9 +627,10 @@ BAD = {"train_cifar": """
 --net big, --fd-samples 1, --q 0, --guidance 1, --segmented, --segmented --method ect --steps 1 2
 --batch 5 --accum 2, --init nowhere, --init text.npz, --init text.pkl > text.pkl, --out text.npz
 --out text.npz/x, --features text.npz > text.npz, --data zero.npz --classes, --data ü.npz > ü.npz
---data nowhere > not exist, --data empty > empty, --data text > a.png, --data text.npz > text.npz
+--data nowhere > No such file, --data empty > empty, --data text > a.png, --data text.npz > text.npz
 --data mixed > mixed, --data odd.npz > odd.npz, --data pair.npz > pair.npz, --data float.npz > float
---data object.npz > object.npz, --data deep > 8 bits, --data minus.npz > below 0, --data cifar10 > cifar-10-python""",
+--data object.npz > object.npz, --data minus.npz > below 0, --data cifar10 > cifar-10-python
+--data deep > 8 bits""",
        "sample": """
 ü.pt > ü.pt, x.pt y.pt > y.pt, nowhere.pt > nowhere.pt, text.npz > text.npz, x --steps 0, x --n 0
 x --out x.jpg, x --out no/where.png, x --sampler euler, x --device cuda, x --class-label -1""",
@@ -629,7 +638,7 @@ x --out x.jpg, x --out no/where.png, x --sampler euler, x --device cuda, x --cla
  > a, few.npz > b, nowhere few.npz > nowhere, few.npz nowhere > nowhere, few.npz few.npz --n 1
 few.npz few.npz --features dog > dog, few.npz few.npz --features object.npz > object.npz
 few.npz few.npz --weights nowhere > nowhere, few.npz few.npz --weights object.npz > object.npz
-few.npz short.npz --features random > as many, few.npz pair.npz --features random > pair.npz
+few.npz short.npz --features random > as many, few.npz pair.npz --features random > four
 few.npz few.npz --batch 0, text few.npz --features random > a.png""",
        "mcm": "\n--what, --method dog", "ect": "\n--what"}
 
@@ -671,4 +680,4 @@ def test_readme_commands(folder, monkeypatch):
         else:
             more, *n = smaller[program]
             sys.modules[program[:-3]].main(arguments + more, *n)
-    assert len(lines) > 12 and Path("assets/dial.pt").exists()
+    assert len(lines) > 12 and Path("assets/dial.pt").exists() and Path("mcm.png").exists()
