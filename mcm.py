@@ -197,9 +197,9 @@ def segment(sigma, steps):
     int64 [B], a row in a table of the segments of all N: those of an N-step model are the rows from
     1 + 2 + ... + (N-1) = N(N-1)/2 on. A network needs to know: its target jumps where segments
     meet, which it cannot follow as a smooth function of ln sigma. On the toy below at N = 2, `main`
-    finds 0.027 when told, 0.090 with --untold; where one network serves N = 1, 2, 4, 8, 0.038 and
-    0.280. Jumps start on edges, so an edge is of the segment below it; 1e-4 guards against sigma
-    rounded up.
+    finds 0.027 when told, 0.090 with --untold, and where one network serves N = 1, 2, 4, 8, 0.038
+    and 0.280. Jumps start on edges, so an edge is of the segment below it, with 1e-4 to spare for a
+    sigma rounded up.
     """
     t = ((sigma.atan() - ANGLE_0) / (ANGLE_1 - ANGLE_0)).clamp(0, 1)
     return ((t * steps - 1e-4).ceil().clamp(min=1) - 1 + steps * (steps - 1) // 2).long()
