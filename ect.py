@@ -1,111 +1,106 @@
 """Easy Consistency Tuning (Geng et al., "Consistency Models Made Easy", arXiv 2406.14548).
 
-Train f(z_t, t) to equal f(z_r, r). A pretrained diffusion model is the case r = 0, so start there,
-and move r towards t as training goes on. What that changes against mcm.py:
+Train f(z_t, t) to equal f(z_r, r) for an r below t. For r = 0 this trains a diffusion model. So
+start from a pretrained one, and move r towards t as training goes on. What changes against mcm.py:
 
-    1. the times      t log-normal, r a function of t and the stage     (MCM: a grid of T steps)
-    2. the loss       the norm of an image's error in x, over t - r     (MCM: its RMS in v)
-    3. the schedule   z_t = x + t eps, mcm.edm, so that f is D          (MCM: mcm.cosine)
-    4. the sampler    fresh noise between steps, sample.renoise         (MCM: DDIM)
+                  MCM                                   ECT
+    times         a grid of T steps in each segment     t log-normal, r a function of t and stage
+    loss          an image's mean error in v            an image's summed error in x, over t - r
+    schedule      mcm.cosine                            mcm.edm: z_t = x + t eps, and f is D
+    sampler       DDIM from edge to edge                fresh noise between steps, sample.renoise
 
-The target is mcm.consistency_target in both. With `edges` time is cut into segments, as in MCM:
-the two papers combined.
+The target, mcm.consistency_target, is the same function in both. Given `edges`, time is cut into
+segments as in MCM: the two papers combined. (Ours.)
 
-    python ect.py        # r(t) by stage, and the toy of mcm.py tuned in 1 and 2 segments; 30 s
+    t, r      [B], noise levels, 0 <= r < t             q, k, b   the mapping t -> r, below
+    stage     how far the curriculum is, 0, 1, 2, ...   c         of the pseudo-Huber norm
+    d         double_every, iterations in a stage
+
+    python ect.py        # r by t and stage, for both of the authors' recipes
 """
-import argparse, copy, signal
-
 import torch
 
 import mcm
 
-# The authors' settings for CIFAR-10 from EDM's unconditional VP weights, 2-step FID at the right.
-# Also theirs: c = 0, RAdam (in train_cifar.py), betas 0.9 and 0.999, no clipping, no flips. t - r
-# shrinks by a factor q every double_every iterations (0: never).
-BOTH = dict(batch=128, lr=1e-4, dropout=0.2)
-RECIPES = {
-    "hour": dict(BOTH, iters=8_000, q=256.0, double_every=0, ema=0.9993),   # an A100 hour, 2.73
-    "long": dict(BOTH, iters=200_000, q=2.0, double_every=25_000, ema=0.9999),           # 2.15
-}
-MID_SIGMA = 0.821                       # where their second step starts: 80 -> x, + 0.821 eps -> x
+# The authors' recipes for CIFAR-10, from EDM's unconditional VP weights, are these, with RAdam at a
+# constant 1e-4, batch 128, dropout 0.2, c = 0 and no flips:
+#   one A100 hour    8,000 iterations     q = 256, one stage               ema 0.9993   FID 2.73
+#   long             200,000 iterations   q = 2, a stage in 25,000         ema 0.9999   FID 2.15
+# The first is preset "cifar10" of train_cifar.py.
 
-def stage(iteration, double_every):
-    """A function of the iteration alone, so a resumed run cannot lose its place."""
-    return iteration // double_every if double_every else 0
+MID_SIGMA = 0.821       # the start of their second step: 80 -> x, then x + 0.821 eps -> x
+
+def stage_at(iteration, double_every):
+    """The stage, from the iteration alone, so that a resumed run cannot lose its place."""
+    if double_every == 0:
+        return 0                        # one stage, as in the recipe "hour"
+    return iteration // double_every
 
 def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
-    """t [B] > 0, ln t ~ N(p_mean, p_std^2)."""
+    """t [B] > 0 with ln t ~ N(p_mean, p_std^2)."""
     return (p_mean + p_std * torch.randn(batch, generator=generator, device=device)).exp()
 
 def relative_gap(t, stage, q=2, k=8, b=1):
-    """(t - r) / t in (0, 1]: n(t) / q^(stage + 1) with n(t) = 1 + k sigmoid(-b t), at most 1.
+    """(t - r) / t = n(t) / q^(stage + 1), at most 1, with n(t) = 1 + k sigmoid(-b t) -> like t.
 
-    All else is built on this, as t - r cancels: in float32 little is left at q = 256, stage 2. q is
-    a float because 256^8 does not fit in 64 bits.
+    The functions below start from this because t - r itself cancels: for q = 256 nothing is left
+    of it in float32 at stage 2. float(q), because 256^8 is too large for a 64-bit integer.
     """
-    return ((1 + k * torch.sigmoid(-b * t)) / float(q) ** (stage + 1)).clamp(max=1)
+    n = 1 + k * torch.sigmoid(-b * t)
+    return (n / float(q) ** (stage + 1)).clamp(max=1)
 
 def t_to_r(t, stage, q=2, k=8, b=1):
     """r = max(0, t (1 - n(t) / q^(stage + 1))), in t's shape and dtype."""
     return t * (1 - relative_gap(t, stage, q, k, b))
 
-def gap(t, stage, q=2, k=8, b=1, edge=0.0):
-    """t - max(r, edge), without cancellation."""
-    return torch.minimum(t * relative_gap(t, stage, q, k, b), t - edge)
-
-def default_edges(steps):
-    """The N - 1 inner edges, in sigma, of N segments: those of the cosine schedule, as in MCM."""
-    alpha, sigma = mcm.cosine(torch.arange(1, steps, dtype=torch.float64) / steps)
+def segment_edges(steps, device=None):
+    """The N - 1 inner edges, in sigma, of N segments that are equal in cosine's t -> [N - 1]."""
+    alpha, sigma = mcm.cosine(torch.arange(1, steps, device=device).double() / steps)
     return (sigma / alpha).float()
 
 def lower_edge(t, edges):
-    """The largest of 0 and `edges` below t [B]. An edge, or all but, is of the segment below it, as
-    in mcm.segment."""
-    return torch.cat([edges.new_zeros(1), edges])[torch.bucketize(t * (1 - 1e-6), edges)]
+    """The largest edge below t, or 0 -> [B]. As in mcm.segment, the factor allows for rounding."""
+    lower = torch.cat([edges.new_zeros(1), edges])
+    return lower[torch.bucketize(t * (1 - 1e-6), edges)]
 
 def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
-    """ECT's loss, per sample: data x [B, ...], noise eps like x, t [B] of draw_t -> [B].
+    """ECT's loss for data x [B, ...], noise eps [B, ...], t [B] of draw_t and a stage -> [B].
 
-    edges None: the paper, sqrt(|d|^2 + c^2) - c of the whole image, over t - r.
-    edges [N - 1]: segments, as default_edges(N) with mcm.conditioned(D, N). r stops at the lower
-    edge e, and d is the distance of where both predictions jump to there, (1 - e / t) times that in
-    x. Without this factor the loss has no finite mean: for r = e, the distance in x is the
-    denoising error, which stays as t - r goes to 0.
+    edges None: the paper. edges [N - 1], of segment_edges: N segments, with a denoiser that is told
+    its segment, mcm.conditioned(D, N).
     """
-    edge = torch.zeros_like(t) if edges is None else lower_edge(t, edges.to(t))
+    # (1) The earlier time. In segments it stops at the lower edge of t's segment.
+    if edges is None:
+        edge = torch.zeros_like(t)
+    else:
+        edge = lower_edge(t, edges.to(t))
     r = torch.maximum(t_to_r(t, stage, q, k, b), edge)
+
+    # (2) Two noisy images with the same noise.
     z_t = x + mcm.per_sample(t, x) * eps
     z_r = x + mcm.per_sample(r, x) * eps
+
+    # (3) The target: x_ref = D(z_r, r), without gradient, or x itself where r = 0. With an edge
+    #     above 0, it is the x that jumps from z_t to where x_ref jumps to from z_r.
     target = mcm.consistency_target(denoise, z_r, z_t, t, r, edge, mcm.edm)
+
+    # (4) d is the distance of the places where both guesses land: (1 - edge / t) times that in x.
+    #     Without the factor the loss has no finite mean next to an inner edge, where r = edge: the
+    #     distance in x is then a denoising error, which stays while t - r goes to 0.
     d = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
+
+    # (5) sqrt(|d|^2 + c^2) - c, the sum over the whole image, over t - r: that without cancellation.
     norm = mcm.pseudo_huber((d**2).reshape(len(d), -1).sum(1), c)
-    return norm / gap(t, stage, q, k, b, edge)
+    t_minus_r = torch.minimum(t * relative_gap(t, stage, q, k, b), t - edge)
+    return norm / t_minus_r
 
-def main(arguments=None, n=100_000):
-    argparse.ArgumentParser("ect.py", argparse.SUPPRESS, __doc__[:24]).parse_args(arguments)
+def main():
+    """Prints r for some t, in the stages of both recipes."""
     t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
-    print("t              ", *(f"{value:9.4g}" for value in t))
-    for q, s in [(2, 0), (2, 1), (2, 3), (2, 5), (2, 7), (256, 0)]:
-        print(f"r, q {q:>3} stage {s}", *(f"{value:9.4g}" for value in t_to_r(t, s, q)))
-    (z, truth), diffusion = mcm.quantiles(n), mcm.toy()
-    fresh = torch.randn(n, 1, generator=torch.Generator().manual_seed(1))
-    print("Wasserstein-1 distance to the truth, as in mcm.py")
-    for N in (1, 2):
-        net, edges = copy.deepcopy(diffusion), default_edges(N)
-        D = mcm.conditioned(net, N)
-
-        def loss_of(eps, x, u, i):  # c = 100: squared, as in mcm.py and for the same reason
-            return ect_loss(D, x, eps, draw_t(len(x)), stage(i, 300), c=100.0, edges=edges)
-        mcm.train_toy(net, loss_of)
-        with torch.no_grad():
-            x = D(80 * z, torch.full((n,), 80.0))
-            if N == 1:
-                print(f"ECT, 1 segment, 1 step: {mcm.distance(x, truth):.4f}")
-                x = D(x + MID_SIGMA * fresh, torch.full((n,), MID_SIGMA))
-            else:
-                x = D(mcm.ddim(x, 80 * z, 80.0, edges.item(), mcm.edm), edges.expand(n))
-        print(f"ECT, {N} segment{'s' * (N - 1)}, 2 steps: {mcm.distance(x, truth):.4f}")
+    print("t                " + "".join(f"{value:9.4g}" for value in t))
+    for q, stage in ((2, 0), (2, 1), (2, 2), (2, 3), (2, 5), (2, 7), (256, 0)):
+        r = t_to_r(t, stage, q)
+        print(f"r, q {q:>3}, stage {stage}" + "".join(f"{value:9.4g}" for value in r))
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in mcm.py
     main()

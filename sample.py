@@ -1,171 +1,184 @@
-"""Samplers, plain functions of plain callables, and the command from a checkpoint to images.
+"""Samplers: plain functions of a network and noise. And a command, from a checkpoint to images.
 
-    multistep   f(z, t)      MCM Algorithm 2. With a diffusion model's f this same loop is DDIM
-    addim       f(z, t)      MCM Algorithm 3: DDIM that keeps its variance
-    renoise     D(x, sigma)  predict, add fresh noise, predict: consistency models, ECT's 2 steps
-    heun        D(x, sigma)  EDM Algorithm 1 without churn: second order, 2 * steps - 1 evaluations
+    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments
+    ddim        f(z, t)       the same loop; with a diffusion model's f it is DDIM
+    addim       f(z, t)       MCM Algorithm 3: DDIM that keeps its variance
+    renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
+    heun        D(x, sigma)   EDM Algorithm 1 without churn: second order, 2 steps - 1 evaluations
 
-All take unit Gaussian noise [B, ...], save multistep and addim: z at their first time. Results are
-on the scale of [-1, 1], not clipped. The state is float64, as float32 errors add up at sigma = 80.
-f gets the noise's dtype; D gets float64 and casts it. Labels and guidance belong to the callable.
+Noise and images are [B, ...]. Images come out on the scale of [-1, 1], not clipped. The state is
+float64, because float32 errors add up at sigma = 80. Labels and guidance belong into f or D.
 
-    python sample.py --steps 2                                   # a model that comes with the code
-    python sample.py CKPT --steps 2 --n 64 --out grid.png
-    python sample.py CKPT --n 50000 --out samples.npz            # uint8 NHWC in arr_0, for fid.py
+    python sample.py --steps 2                               # a model that comes with the code
+    python sample.py CHECKPOINT --steps 2 --n 64 --out grid.png
+    python sample.py CHECKPOINT --n 50000 --out samples.npz  # uint8 NHWC in arr_0, for fid.py
 """
-import math
+import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import ect, fid, mcm
+import ect, mcm
 
 @torch.no_grad()
-def multistep(f, z, steps, schedule=mcm.cosine, move=mcm.ddim):
-    """MCM Algorithm 2, a jump a segment: z at the first time -> z at the last.
+def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
+    """MCM Algorithm 2: z [B, ...] at the first time -> z at the last, which is the image.
 
-    steps: N for the times 1, (N-1)/N, ..., 0, or the times.
+    steps: N, for the times 1, (N - 1)/N, ..., 0, or a list of falling times of the schedule.
+    x_var(alpha_t, sigma_t): None for a jump by ddim, or as in `addim`.
     """
-    times = [i / steps for i in range(steps, -1, -1)] if isinstance(steps, int) else steps
+    if isinstance(steps, int):
+        steps = [i / steps for i in range(steps, -1, -1)]
+    time_dtype = torch.promote_types(z.dtype, torch.float32)    # also where z is bfloat16
     state = z.double()
-    for t, s in zip(times[:-1], times[1:]):
-        x = f(state.to(z.dtype), torch.full((len(z),), t, dtype=z.dtype, device=z.device))
-        state = move(x.double(), state, t, s, schedule=schedule)
+    for t, s in zip(steps[:-1], steps[1:]):
+        times = torch.full((len(z),), t, dtype=time_dtype, device=z.device)
+        x_hat = f(state.to(z.dtype), times).double()
+        if x_var is None:
+            state = mcm.ddim(x_hat, state, t, s, schedule)
+        else:
+            missing = x_var(*mcm.alpha_sigma(schedule, t, state))
+            state = mcm.addim(x_hat, state, t, s, missing, schedule)
     return state.to(z.dtype)
 
-ddim = multistep  # eq. (4), repeated: what differs is f, not the sampler
+ddim = multistep        # eq. (4), again and again: the difference is in f, not in the sampler
 
 def paper_x_var(alpha, sigma):
-    """The variance per element that x_hat lacks, as the paper guesses it for images."""
+    """The paper's guess of the variance per element that x_hat lacks, for images."""
     return 0.1 / (2 + alpha**2 / sigma**2)
 
 def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
-    """MCM Algorithm 3, as multistep; x_var(alpha_t, sigma_t) -> missing variance per element."""
-    def move(x, z, t, s, schedule):
-        return mcm.addim(x, z, t, s, x_var(*mcm.at(schedule, t, z)), schedule)
-    return multistep(f, z, steps, schedule, move)
+    """MCM Algorithm 3: z [B, ...] -> images. x_var(alpha_t, sigma_t) -> variance per element."""
+    return multistep(f, z, steps, schedule, x_var)
 
 @torch.no_grad()
 def renoise(denoise, latents, sigmas, noise=None):
-    """x = D(sigma_0 latents), then x = D(x + sigma noise) for each further sigma -> x, float64.
+    """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64.
 
-    sigmas: decreasing, ECT's are 80, 0.821; noise: a [B, ...] for each after the first, or fresh.
+    sigmas: falling noise levels, one for each step; ECT's two steps are [80, 0.821].
+    noise: a list with one more [B, ...] for each sigma after the first. None: drawn here.
     """
     x = torch.zeros_like(latents, dtype=torch.float64)
     for i, sigma in enumerate(sigmas):
-        eps = latents if i == 0 else torch.randn_like(x) if noise is None else noise[i - 1]
-        t = torch.full((len(x),), float(sigma), dtype=x.dtype, device=x.device)
-        x = denoise(x + sigma * eps.double(), t).double()
+        if i == 0:
+            eps = latents
+        elif noise is None:
+            eps = torch.randn_like(x)
+        else:
+            eps = noise[i - 1]
+        levels = torch.full((len(x),), float(sigma), dtype=x.dtype, device=x.device)
+        x = denoise(x + sigma * eps.double(), levels).double()
     return x
 
 @torch.no_grad()
 def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_MAX, rho=7):
-    """EDM Algorithm 1 without churn: latents ~ N(0, 1) -> x, float64."""
+    """EDM Algorithm 1 without churn: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64."""
+    # (1) Noise levels t_0 > ... > t_{n-1} > t_n = 0: equal steps in sigma^(1 / rho).
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64).tolist()
-    sigmas = [(high + u * (low - high)) ** rho for u in ramp] + [0.0]
+    sigmas = [*((high + ramp * (low - high)) ** rho).tolist(), 0.0]
+
     x = latents.double() * sigmas[0]
-    for t, s in zip(sigmas[:-1], sigmas[1:]):
-        at = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        slope = (x - denoise(x, at).double()) / t
-        euler = x + (s - t) * slope
-        if s > 0:  # the average of the slopes at both ends
-            slope = (slope + (euler - denoise(euler, torch.full_like(at, s)).double()) / s) / 2
-        x = x + (s - t) * slope
+    for t, t_next in zip(sigmas[:-1], sigmas[1:]):
+        # (2) An Euler step along the slope dx/dsigma at t.
+        levels = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        slope = (x - denoise(x, levels).double()) / t
+        x_next = x + (t_next - t) * slope
+
+        # (3) Heun's correction: the average of the slopes at both ends.
+        if t_next > 0:
+            levels = torch.full_like(levels, t_next)
+            slope_next = (x_next - denoise(x_next, levels).double()) / t_next
+            x_next = x + (t_next - t) * (slope + slope_next) / 2
+        x = x_next
     return x
 
 # ---- From a network to images --------------------------------------------------------------------
 
-def generate(net, method, steps, z, sampler=None, segmented=False, **condition):
-    """Noise z [B, C, H, W] -> x, by what suits how `net` was trained: diffusion, mct, mcd or ect.
+def generate(net, sampler, steps, numbers, seed=0, labels=None):
+    """The images of these numbers (B ints) -> [B, C, H, W], float32.
 
-    sampler: ddim, addim or heun, for a diffusion model. segmented: ECT in segments. condition: what
-    else the network is to be given, as labels.
+    sampler: "multistep" for MCT, MCD and ECT in segments; "renoise" for ECT; "ddim", "addim" or
+    "heun" for a diffusion model. labels: one-hot [B, classes] or None.
+    An image depends on (net, seed, its number, its label) alone, not on its batch.
     """
-    if method == "diffusion" and sampler == "heun":
-        return heun(mcm.conditioned(net, **condition), z, steps).float()
-    if method == "diffusion":
-        return (addim if sampler == "addim" else ddim)(mcm.as_f(net, **condition), z, steps)
-    if method != "ect":
-        return multistep(mcm.as_f(net, steps=steps, **condition), z, steps)
-    edges = ect.default_edges(steps).tolist()[::-1]
-    if segmented:
-        f = mcm.as_f(net, mcm.edm, steps, **condition)
-        return multistep(f, mcm.SIGMA_MAX * z, [mcm.SIGMA_MAX, *edges, 0.0], mcm.edm)
-    # The further noise is a function of the batch's first, so that results repeat.
-    g = torch.Generator(z.device).manual_seed(int(z.double().abs().sum() * 1e6))
-    noise = torch.randn(steps, *z.shape, generator=g, device=z.device)
-    # For two steps ECT gives the sigma. For others we take steps of equal length in cosine's t.
-    sigmas = [mcm.SIGMA_MAX, *([ect.MID_SIGMA] if steps == 2 else edges)]
-    return renoise(mcm.conditioned(net, 1, **condition), z, sigmas, noise).float()
+    device = next(net.parameters()).device
+    draws = steps if sampler == "renoise" else 1
+    noise = [np.random.default_rng([seed, i]).standard_normal((draws, *net.image_shape), np.float32)
+             for i in numbers]
+    noise = torch.from_numpy(np.stack(noise, 1)).to(device)     # [draws, B, C, H, W]
+    z = noise[0]
+    if sampler == "heun":
+        return heun(mcm.conditioned(net, labels=labels), z, steps).float()
+    if sampler == "multistep":
+        return multistep(mcm.make_f(net, steps=steps, labels=labels), z, steps)
+    if sampler == "renoise":
+        sigmas = [mcm.SIGMA_MAX, ect.MID_SIGMA]                 # ECT's, for two steps
+        if steps != 2:                                          # ours: equal in cosine's t
+            sigmas = [mcm.SIGMA_MAX, *ect.segment_edges(steps).flip(0).tolist()]
+        return renoise(mcm.conditioned(net, 1, labels=labels), z, sigmas, noise[1:]).float()
+    sample_diffusion = addim if sampler == "addim" else ddim
+    return sample_diffusion(mcm.make_f(net, labels=labels), z, steps)
 
 def to_uint8(x):
     """[-1, 1] -> 0 .. 255, to the nearest: the inverse of v / 127.5 - 1 on all 256 levels."""
     return (x.clamp(-1, 1) * 127.5 + 127.5).round().byte()
 
-def save_grid(x, path, columns, labels=()):
-    """x [B, 3, H, W] in [-1, 1] -> a PNG, `columns` images wide, at twice their size."""
-    from PIL import Image, ImageDraw
-    from torchvision.utils import make_grid
-    grid = make_grid(to_uint8(x.cpu()), columns, pad_value=255).permute(1, 2, 0)
-    picture = Image.fromarray(grid.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
-    canvas = Image.new("RGB", (picture.width + 90 * bool(labels), picture.height), "white")
-    canvas.paste(picture, (canvas.width - picture.width, 0))
-    for i, label in enumerate(labels):
-        y = (i + 0.4) * picture.height / len(labels)
-        ImageDraw.Draw(canvas).text((6, y), label, fill="black")
-    canvas.save(path, format="PNG")
+def save_grid(images, path, columns):
+    """uint8 [B, 3, H, W] -> a PNG, each pixel as 2x2."""
+    from torchvision.utils import save_image
+    twice = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    save_image(twice.float() / 255, path, nrow=columns, pad_value=1.0)
 
 def main(arguments=None):
-    from train_cifar import load_checkpoint, number, write
-    parser = fid.Parser(prog="sample.py", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
-                        help="latest.pt or diffusion.pt of a run; default: shapes, 1 2 4 8 steps")
-    parser.add_argument("--steps", type=number(int, 1, 1000), help="default: most tuned for, or 18")
-    parser.add_argument("--n", type=number(int, 1, 10**7), default=64, help="how many")
-    parser.add_argument("--out", default="samples.png", help="a .png grid, or .npz (arr_0, NHWC)")
-    parser.add_argument("--sampler", choices=("ddim", "addim", "heun"),
-                        help="of a diffusion model; default: ddim up to 8 steps, else heun")
-    parser.add_argument("--class-label", type=number(int, 0, 10**6), help="default: all in turn")
-    parser.add_argument("--batch", type=number(int, 1, 10**6), default=250)
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    """The command line: a checkpoint of train_cifar.py -> a .png grid, or an .npz."""
+    from fid import InputError
+    from train_cifar import DEVICE, atomic, load_checkpoint, number
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
+        help="latest.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
+    add("--steps", type=number(int, 1, 1000), help="default: the most it was tuned for, or 18")
+    add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
+    add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
+    add("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")
+    add("--class", dest="label", help="a class's name or number; default: all in turn")
+    add("--seed", type=number(int, 0, 2**32), default=0)
     args = parser.parse_args(arguments)
-    out, label = Path(args.out), args.class_label
-    if out.suffix not in (".png", ".npz") or not out.parent.is_dir():
-        parser.error(f"--out {out}: give a .png or .npz in a folder that exists")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here; leave it out")
-    net, state = load_checkpoint(args.checkpoint, args.device)
-    method, config, classes = state["method"], state["config"], net.arguments["classes"]
-    segmented = config["segmented"]
-    steps = args.steps or (18 if method == "diffusion" else max(config["steps"]))
-    sampler = args.sampler or ("heun" if steps > 8 else "ddim")
-    if args.sampler and method != "diffusion":
-        parser.error(f"--sampler is for diffusion models, this one is tuned by {method}")
-    if not (method == "diffusion" or method == "ect" and not segmented or steps in config["steps"]):
-        parser.error(f"--steps {steps}: {args.checkpoint} was trained for {config['steps']}")
-    if label is not None and label >= classes:
-        parser.error(f"--class-label {label}: {args.checkpoint} knows {classes} classes")
-    net.model.compile(dynamic=True, disable=args.device == "cpu")
-    side, x = net.arguments["resolution"], []
-    z = torch.randn(args.n, 3, side, side, generator=torch.Generator().manual_seed(args.seed))
-    index = torch.arange(args.n) % max(classes, 1) if label is None else torch.tensor(label)
-    for noise, c in zip(z.split(args.batch), index.expand(args.n).split(args.batch)):
-        labels = F.one_hot(c, classes).float().to(args.device) if classes else None
-        x.append(generate(net, method, steps, noise.to(args.device), sampler, segmented,
-                          labels=labels).cpu())
-    x = torch.cat(x)
-    if out.suffix == ".npz":
-        images = to_uint8(x).permute(0, 2, 3, 1).numpy()
-        write(out, lambda path: np.savez(path, arr_0=images))
-    else:
-        write(out, lambda path: save_grid(x, path, math.ceil(args.n**0.5)))
-    by = f"diffusion ({sampler})" if method == "diffusion" else method
-    print(f"{out}: {args.n} samples of {state['data']} by {by} in {steps} steps")
+    if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: give a .png or an .npz in a folder that exists")
+    try:
+        net, state = load_checkpoint(args.checkpoint)
+    except (InputError, OSError) as error:
+        parser.error(str(error))
+
+    # What is asked for must be what the network was trained for.
+    steps, sampler, names = args.steps or max(state["steps"]), state["sampler"], state["class_names"]
+    if state["method"] == "diffusion":
+        sampler = args.sampler or ("heun" if steps > 8 else "ddim")
+    elif args.sampler or (sampler == "multistep" and steps not in state["steps"]):
+        parser.error(f"--steps, --sampler: {args.checkpoint} is tuned for {state['steps']} steps")
+    classes = [i for i, name in enumerate(names) if args.label in (None, name, str(i))]
+    if args.label and not classes:
+        parser.error(f"--class {args.label}: {args.checkpoint} knows {names or 'no classes'}")
+
+    images = []
+    for first in range(0, args.n, 250):
+        numbers, labels = range(first, min(first + 250, args.n)), None
+        if names:
+            index = torch.tensor([classes[i % len(classes)] for i in numbers])
+            labels = F.one_hot(index, len(names)).float().to(DEVICE)
+        images.append(to_uint8(generate(net, sampler, steps, numbers, args.seed, labels)).cpu())
+    images = torch.cat(images)
+    with atomic(args.out) as part:
+        if args.out.suffix == ".png":
+            save_grid(images, part, columns=round(args.n**0.5))
+        else:
+            np.savez(part, arr_0=images.permute(0, 2, 3, 1).numpy())
+    print(f"{args.out}: {args.n} samples of {state['data']} by {state['method']} ({sampler}) in "
+          f"{steps} steps; classes: {names or 'none'}")
 
 if __name__ == "__main__":
-    fid.run(main)
+    main()
