@@ -20,7 +20,6 @@ In reading order: settings; the network, EDM's DDPM++; data; EDM's published wei
 and the loop; the report; main; what main needs.
 """
 import argparse, contextlib, copy, hashlib, io, json, os, pickle, signal, sys, time
-from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,88 +34,89 @@ import ect, fid, mcm, sample
 from fid import InputError
 
 # torchrun starts WORLD processes, and each has its RANK. Elsewhere these variables mean nothing.
-TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+RANK, WORLD = 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # ---- Settings ------------------------------------------------------------------------------------
 
 def number(kind, low, high):
     """A type for argparse: an int or a float from low to high."""
-    def parse(text):
+    def numeric(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
-    parse.__name__ = "number"
-    return parse
+    return numeric
 
 COUNT = dict(type=number(int, 1, 10**9))
 NATURAL = dict(type=number(int, 0, 2**32))
 RATIO = dict(type=number(float, 0, 1))
 REAL = dict(type=number(float, -1e6, 1e6))
 SWITCH = dict(action=argparse.BooleanOptionalAction)
+PRESET = dict(choices=("shapes", "cifar10"))
+PRECISION = dict(choices=("fp16", "bf16", "tf32", "fp32"))
 
 # Two presets, named after what they do. "cifar10" has the papers' settings: ECT's hour, and T and
 # huber_eps of MCM. "shapes" is small and short. Errors add up along the chain of references, so a
 # short run has few teacher steps, few stages and a nearly squared error.
 SETTINGS = [
-    # name, how argparse reads it, shapes, cifar10, what it is
-    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one network for all"),
-    ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, or ECT"),
+    # name, how argparse reads it ({}: text), preset shapes, preset cifar10, what it is
+    ("preset", PRESET, "shapes", "cifar10", "default: cifar10 on a GPU, if it can be had"),
+    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one for all"),
+    ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
     ("data", {}, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
-    ("init", {}, "shapes", "edm", "shapes, edm, a .pkl of EDM or ECT, our .pt; none: train one"),
+    ("init", {}, "shapes", "edm", "none: train one; or a .pkl of EDM, ECT, or our .pt"),
     ("classes", SWITCH, False, False, "give the network the class labels"),
     ("iters", COUNT, 1000, 8_000, "iterations of tuning"),
     ("pretrain_iters", COUNT, 2500, 100_000, "iterations of training a diffusion model"),
     ("batch", COUNT, 32, 128, "images in an iteration, of all processes"),
     ("lr", RATIO, 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0"),
     ("pretrain_lr", RATIO, 2e-3, 5e-4, "the same for the diffusion model"),
-    ("ema", RATIO, 0.995, 0.9993, "decay of the averaged weights, nearer to 1 for longer runs"),
+    ("ema", RATIO, 0.995, 0.9993, "decay of the averaged weights, for long runs 0.9999"),
     ("dropout", RATIO, 0.0, 0.2, "one mask for both passes of an iteration"),
     ("width", COUNT, 32, 128, "channels of the network"),
-    ("T", dict(COUNT, nargs=2), [8, 64], [64, 1280], "mct, mcd: teacher steps, first and last"),
-    ("huber_eps", REAL, 0.1, 1e-4, "mct, mcd: 1e-4, a norm, for long runs; 1: a squared error"),
-    ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: each stage divides t - r by it"),
+    ("T", dict(COUNT, nargs=2), [8, 64], [64, 1280], "mct, mcd: teacher steps, from, to"),
+    ("huber_eps", REAL, 0.1, 1e-4, "mct, mcd: 1e-4: a norm, for long runs; 1: squares"),
+    ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: a stage divides t - r"),
     ("double_every", NATURAL, 350, 0, "ect: iterations in a stage; 0: all"),
     ("p_mean", REAL, 0.0, -1.1, "ect: mean of ln t"),
     ("p_std", REAL, 2.5, 2.0, "ect: standard deviation of ln t"),
     ("c", REAL, 50.0, 0.0, "ect: c of the norm, on the scale of a whole image"),
     ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
-    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "bf16: coarse"),
+    ("precision", PRECISION, "fp32", "fp16", "of the network; bf16 is too coarse for ECT"),
     ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
     ("features", {}, "random", "inception", "of the distance; or a TorchScript file"),
-    ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "samples for the distance"),
+    ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "samples to measure"),
     ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
     ("seed", NATURAL, 0, 0, "of all that is random"),
     ("out", {}, None, None, "folder of the run; default: runs/DATA-METHOD-STEPS"),
 ]
+
+# What may change when a run goes on.
 MAY_CHANGE = ("out", "init", "precision", "compile", "features", "fd_samples", "save_every")
-NETS = {        # by preset; the small one works on patches of 2x2 pixels
-    "shapes": dict(mult=(1, 2, 2), blocks=1, attention=(), patch=2),
-    "cifar10": dict(mult=(2, 2, 2), blocks=4, attention=(16,), patch=1),
-}
+
+# The networks of the presets. The small one works on patches of 2x2 pixels, the other is EDM's.
+NETS = {"shapes": dict(mult=(1, 2, 2), blocks=1, attention=(), patch=2), "cifar10": {}}
 
 def read_settings(parser, arguments):
-    """The command line -> all settings, as a namespace. InputError for what does not go together."""
-    parser.add_argument("--preset", choices=("shapes", "cifar10"), help="default: cifar10 on a GPU "
-                        "if its files can be had, else shapes")
+    """The command line -> all settings, a namespace. InputError for what does not go together."""
     for name, how, shapes, cifar10, text in SETTINGS:
-        parser.add_argument("--" + name.replace("_", "-"), **how,
+        parser.add_argument("--" + name.replace("_", "-"), **how, default=argparse.SUPPRESS,
                             help=f"{text} (shapes: {shapes}, cifar10: {cifar10})")
-    settings = parser.parse_args(arguments)
-    settings.preset = settings.preset or choose_preset()
+    given = vars(parser.parse_args(arguments))
 
-    # The presets' diffusion models fit only the presets' data and network.
-    if settings.init is None and (settings.data or settings.width or settings.classes):
-        settings.init = "none"
-    for name, _, shapes, cifar10, _ in SETTINGS:
-        if getattr(settings, name) is None:
-            setattr(settings, name, shapes if settings.preset == "shapes" else cifar10)
+    # What is not given is the preset's. Its diffusion model fits only its own data and network.
+    preset = given.get("preset") or choose_preset()
+    column = 2 if preset == "shapes" else 3
+    settings = {row[0]: row[column] for row in SETTINGS}
+    if given.get("data") or given.get("width") or given.get("classes"):
+        settings["init"] = "none"
+    settings = SimpleNamespace(**{**settings, **given})
     if settings.segmented and (settings.method != "ect" or len(settings.steps) > 1):
         raise InputError("--segmented: needs --method ect and a single number of --steps")
     if settings.batch % WORLD:
-        raise InputError(f"--batch {settings.batch}: make it a multiple of {WORLD}, the processes")
+        raise InputError(f"--batch {settings.batch}: not a multiple of {WORLD} processes")
     return settings
 
 def choose_preset():
@@ -127,11 +127,11 @@ def choose_preset():
         fid.download(*EDM)
         fid.download(*fid.INCEPTION)
         fid.read_images("cifar10")
-        return "cifar10"
     except InputError as error:
-        say(f"preset shapes (small images and network, a short run), because {error}\n"
-            "for CIFAR-10: --preset cifar10 (minutes on a GPU, days on a laptop)")
+        say(f"preset shapes (small images and network, a short run), because {error}")
+        say("for CIFAR-10: --preset cifar10 (minutes on a GPU, days on a laptop)")
         return "shapes"
+    return "cifar10"
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
 
@@ -147,9 +147,9 @@ def dropout(x, p, seed, layer):
     Both passes of a consistency step must have one mask, on every device, compiled or not, on one
     process or eight. A saved and restored state of a random generator does not survive CUDA graphs.
     """
-    element = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])         # [C, H, W]
-    start = hash32((seed + 0x9E3779B1 * layer) % 2**32).view(-1, 1, 1, 1)           # [B, 1, 1, 1]
-    keep = hash32((start + element) % 2**32) >= int(p * 2**32)                      # [B, C, H, W]
+    element = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])     # [C, H, W]
+    start = hash32((seed + 0x9E3779B1 * layer) % 2**32).view(-1, 1, 1, 1)       # [B, 1, 1, 1]
+    keep = hash32((start + element) % 2**32) >= int(p * 2**32)                  # [B, C, H, W]
     return x * keep / (1 - p)
 
 def group_norm(channels):
@@ -161,41 +161,39 @@ def conv(c_in, c_out, kernel):
 class Block(nn.Module):
     """A residual block, x [B, c_in, H, W] and emb [B, c_emb] -> [B, c_out, H', W'].
 
-    resample: None, "down" (the average of 2x2 pixels) or "up" (each pixel becomes 2x2).
+    p: of dropout. layer: the block's number, for the dropout mask. resample: a module that halves
+    or doubles H and W, both on the way through the convolutions and on the way around them.
     """
-    def __init__(self, c_in, c_out, c_emb, p=0.0, layer=0, resample=None, attention=False):
+    def __init__(self, c_in, c_out, c_emb, p, layer, resample=None, attention=False):
         super().__init__()
-        self.p, self.layer, self.resample, self.attention = p, layer, resample, attention
-        self.norm0, self.conv0 = group_norm(c_in), conv(c_in, c_out, 3)
+        self.p, self.layer, self.attention = p, layer, attention
+        self.resample = resample or nn.Identity()
+        self.norm0 = group_norm(c_in)
+        self.conv0 = conv(c_in, c_out, 3)
         self.affine = nn.Linear(c_emb, c_out)
-        self.norm1, self.conv1 = group_norm(c_out), conv(c_out, c_out, 3)
+        self.norm1 = group_norm(c_out)
+        self.conv1 = conv(c_out, c_out, 3)
         self.skip = nn.Identity()
         if resample or c_in != c_out:
             self.skip = conv(c_in, c_out, 1)
         if resample:                    # never used, but keys of the published weights
-            for resized in (self.conv0, self.skip):
-                resized.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+            for part in (self.conv0, self.skip):
+                part.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
         if attention:
-            self.norm2, self.qkv = group_norm(c_out), conv(c_out, 3 * c_out, 1)
+            self.norm2 = group_norm(c_out)
+            self.qkv = conv(c_out, 3 * c_out, 1)
             self.proj = conv(c_out, c_out, 1)
 
-    def resized(self, x):
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2)
-        return x
-
     def forward(self, x, emb, seed):
-        h = self.conv0(self.resized(F.silu(self.norm0(x))))
+        h = self.conv0(self.resample(F.silu(self.norm0(x))))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
         if self.training and self.p > 0:
             h = dropout(h, self.p, seed, self.layer)
-        x = (self.conv1(h) + self.skip(self.resized(x))) * 0.5**0.5
+        x = (self.conv1(h) + self.skip(self.resample(x))) * 0.5**0.5
         if self.attention:
             # One head. The published channels are interleaved: q, k, v of channel 0, of 1, ...
             qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))
-            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()           # each [B, 1, H W, C]
+            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()   # each [B, 1, H W, C]
             a = F.scaled_dot_product_attention(q, k, v)
             x = (self.proj(a.mT.reshape(x.shape)) + x) * 0.5**0.5
         return x
@@ -209,48 +207,51 @@ class DDPMpp(nn.Module):
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, classes=0, augment_dim=0, dropout=0.0,
                  resolution=32, patch=1, segments=0, attention=(16,)):
         super().__init__()
-        self.patch = patch
+        self.patch, self.classes = patch, classes
         c_emb = 4 * width
         frequencies = (1 / 10000) ** (torch.arange(width // 2).float() / (width // 2 - 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.map_label = nn.Linear(classes, width) if classes else None
-        self.map_augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
+        if classes:
+            self.map_label = nn.Linear(classes, width)
+        if augment_dim:
+            self.map_augment = nn.Linear(augment_dim, width, bias=False)
         self.map_layer0 = nn.Linear(width, c_emb)
         self.map_layer1 = nn.Linear(c_emb, c_emb)
-        self.map_segment = nn.Embedding(segments, c_emb) if segments else None      # ours
+        if segments:                    # ours
+            self.map_segment = nn.Embedding(segments, c_emb)
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
 
-        def block(c_in, c_out, **options):
-            layer = len(self.enc) + len(self.dec) - 1           # 0, 1, 2, ..., for dropout
-            return Block(c_in, c_out, c_emb, dropout, layer, **options)
+        def block(c_in, c_out, attention=False, resample=None):
+            layer = len(self.enc) + len(self.dec) - 1       # 0, 1, 2, ..., for dropout
+            return Block(c_in, c_out, c_emb, dropout, layer, resample, attention)
 
         # Encoder: at each level a halving block, except at the first, then the residual blocks.
-        levels = [(resolution // patch // 2**i, width * m) for i, m in enumerate(mult)]
-        side, c = levels[0][0], width
+        side = resolution // patch
+        c = width                       # channels so far
         self.enc[f"{side}x{side}_conv"] = conv(3 * patch**2, c, 3)
-        skips = [c]                                     # channels of each output of the encoder
-        for side, c_out in levels:
-            if len(skips) > 1:
-                self.enc[f"{side}x{side}_down"] = block(c, c, resample="down")
+        skips = [c]                     # channels of each output of the encoder
+        for level, multiple in enumerate(mult):
+            if level > 0:
+                side = side // 2
+                self.enc[f"{side}x{side}_down"] = block(c, c, False, nn.AvgPool2d(2))
                 skips.append(c)
             for j in range(blocks):
-                attend = side in attention
-                self.enc[f"{side}x{side}_block{j}"] = block(c, c_out, attention=attend)
-                c = c_out
+                c_in, c = c, width * multiple
+                self.enc[f"{side}x{side}_block{j}"] = block(c_in, c, side in attention)
                 skips.append(c)
 
         # Decoder: each residual block, one more at each level, takes up an output of the encoder.
         self.dec[f"{side}x{side}_in0"] = block(c, c, attention=True)
         self.dec[f"{side}x{side}_in1"] = block(c, c)
-        for side, c_out in reversed(levels):
-            if side != levels[-1][0]:
-                self.dec[f"{side}x{side}_up"] = block(c, c, resample="up")
+        for level, multiple in reversed(list(enumerate(mult))):
             for j in range(blocks + 1):
+                c_in, c = c + skips.pop(), width * multiple
                 attend = side in attention and j == blocks
-                c_in = c + skips.pop()
-                self.dec[f"{side}x{side}_block{j}"] = block(c_in, c_out, attention=attend)
-                c = c_out
+                self.dec[f"{side}x{side}_block{j}"] = block(c_in, c, attend)
+            if level > 0:
+                side = side * 2
+                self.dec[f"{side}x{side}_up"] = block(c, c, False, nn.Upsample(scale_factor=2))
         self.dec[f"{side}x{side}_aux_norm"] = group_norm(c)
         self.dec[f"{side}x{side}_aux_conv"] = conv(c, 3 * patch**2, 3)
 
@@ -258,20 +259,21 @@ class DDPMpp(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias") or "map_segment" in name:
                 nn.init.zeros_(p)
+            elif name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight")):
+                nn.init.xavier_uniform_(p, 1e-5)
+            elif "qkv" in name:
+                nn.init.xavier_uniform_(p, 0.2**0.5)
             elif p.ndim > 1:
-                near_zero = name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight"))
-                gain = 0.2**0.5 if "qkv" in name else 1.0
-                nn.init.xavier_uniform_(p, 1e-5 if near_zero else gain)
+                nn.init.xavier_uniform_(p)
 
     def forward(self, x, c_noise, labels=None, augment=None, segment=None, seed=None):
         # The embedding of noise level, label and segment: [B, c_emb].
-        angle = c_noise[:, None].float() * self.frequencies
+        angle = c_noise[:, None] * self.frequencies
         emb = torch.cat([angle.sin(), angle.cos()], 1)
-        if self.map_label is not None:
-            classes = self.map_label.in_features
-            if labels is None:                          # zeros, which still add the bias
-                labels = emb.new_zeros(1, classes)
-            emb = emb + self.map_label(labels * classes**0.5)
+        if self.classes:
+            if labels is None:              # zeros, which still add the bias
+                labels = emb.new_zeros(1, self.classes)
+            emb = emb + self.map_label(labels * self.classes**0.5)
         if augment is not None:
             emb = emb + self.map_augment(augment)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
@@ -282,18 +284,15 @@ class DDPMpp(nn.Module):
         # Down and up again. The decoder's blocks take the encoder's outputs, the last one first.
         x = F.pixel_unshuffle(x, self.patch)
         skips = []
-        for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, emb, seed)
+        for layer in self.enc.values():
+            x = layer(x, emb, seed) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         for name, layer in self.dec.items():
-            if "aux_norm" in name:
-                x = F.silu(layer(x))
-            elif "aux_conv" in name:
-                x = layer(x)
-            elif "block" in name:
-                x = layer(torch.cat([x, skips.pop()], 1), emb, seed)
-            else:
-                x = layer(x, emb, seed)
+            if "block" in name:
+                x = torch.cat([x, skips.pop()], 1)
+            if "aux_conv" in name:
+                x = F.silu(x)
+            x = layer(x, emb, seed) if isinstance(layer, Block) else layer(x)
         return F.pixel_shuffle(x, self.patch)
 
 SIGMA_DATA = 0.5        # standard deviation of images in [-1, 1], in EDM's preconditioning
@@ -306,10 +305,9 @@ class UNet(nn.Module):
     """
     autocast = None     # the dtype that all raw networks compute in; None: float32
 
-    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, classes=0, resolution=32, **more):
+    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, **more):
         super().__init__()
-        self.arguments = dict(more, width=width, mult=mult, blocks=blocks, classes=classes,
-                              resolution=resolution)
+        self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution)
         self.model = DDPMpp(**self.arguments)
         self.image_shape = (3, resolution, resolution)
 
@@ -320,14 +318,14 @@ class UNet(nn.Module):
         segment: int64 [B] of mcm.segment. seed: int64 [B] in [0, 2^32) of the dropout masks.
         """
         x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
-        sigma = sigma.expand(len(x))
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         if seed is None:
             seed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        c_in = (mcm.per_sample(sigma, x) ** 2 + SIGMA_DATA**2).rsqrt()
+        s = mcm.per_sample(sigma, x)                            # [B, 1, 1, 1]
+        c_in = (s**2 + SIGMA_DATA**2).rsqrt()
         c_skip = SIGMA_DATA**2 * c_in**2
-        c_out = SIGMA_DATA * mcm.per_sample(sigma, x) * c_in
-        c_noise = sigma.log() / 4
+        c_out = SIGMA_DATA * s * c_in
+        c_noise = sigma.log() / 4                               # [B]
 
         # Autocast here, so that each pass has its own cache of weights in half precision.
         half = contextlib.nullcontext()
@@ -337,9 +335,10 @@ class UNet(nn.Module):
             raw = self.model(c_in * x, c_noise, labels, augment, segment, seed)
         return c_skip * x + c_out * raw.float()
 
-# ---- Data: uint8 images [n, 3, H, W], labels int64 [n], class names, a name that tells them apart --
+# ---- Data: uint8 images [n, 3, H, W], labels int64 [n], names of the classes ---------------------
 
-COLOURS = torch.tensor([(230, 40, 50), (40, 170, 70), (40, 90, 220), (240, 200, 40), (170, 60, 190)])
+COLOURS = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220],        # red, green, blue
+                        [240, 200, 40], [170, 60, 190]])                    # yellow, purple
 
 def shapes(n=20_000, size=32):
     """Discs, squares and triangles in five colours on soft grey -> images, labels, class names.
@@ -347,14 +346,14 @@ def shapes(n=20_000, size=32):
     A small network learns them in minutes, and noise, blur and wrong colours all show.
     """
     g = torch.Generator().manual_seed(0)
-    ramp = (torch.arange(size) + 0.5) / size * 2 - 1                        # pixels, in [-1, 1]
+    ramp = (torch.arange(size) + 0.5) / size * 2 - 1            # the pixels of a row, in [-1, 1]
     labels = torch.arange(n) % 3
     images = []
     for label in labels.split(1000):
         radius, dx, dy, light, slope = torch.rand(5, len(label), 1, 1, generator=g)
         radius = 0.4 + 0.2 * radius
-        x = ramp.view(1, 1, -1) - (dx * 2 - 1) * (0.9 - radius)             # from the centre
-        y = ramp.view(1, -1, 1) - (dy * 2 - 1) * (0.9 - radius)
+        x = ramp - (dx * 2 - 1) * (0.9 - radius)                # from the centre: [B, 1, W]
+        y = ramp[:, None] - (dy * 2 - 1) * (0.9 - radius)       # [B, H, 1]
 
         # The distance to the edge of each shape, negative inside: [3, B, H, W] -> [B, H, W].
         disc = x.hypot(y) - radius
@@ -362,8 +361,9 @@ def shapes(n=20_000, size=32):
         triangle = torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) - 0.6 * radius
         edge = torch.stack([disc, square, triangle])[label, torch.arange(len(label))]
 
-        inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]               # soft by one pixel
-        ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp.view(1, -1, 1)
+        # The shape over its ground, with an edge that is soft by one pixel: [B, 3, H, W].
+        inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]
+        ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp[:, None]
         colour = COLOURS[torch.randint(len(COLOURS), (len(label),), generator=g)]
         images.append(inside * colour[:, :, None, None] + (1 - inside) * ground[:, None])
     return torch.cat(images).round().byte(), labels, ["disc", "square", "triangle"]
@@ -376,8 +376,7 @@ def load_data(settings):
         images, labels, class_names = fid.read_images(settings.data)
     n, _, height, width = images.shape
     if height != width or height % 16 or n < 8:
-        raise InputError(f"--data {settings.data}: {n} images of {width}x{height}; give at least "
-                         "8, square, with a side that 16 divides")
+        raise InputError(f"--data {settings.data}: needs 8 square images, of 16, 32, ... pixels")
     if settings.classes and not class_names:
         raise InputError(f"--classes: {settings.data} has no classes, leave it out")
     digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
@@ -395,59 +394,51 @@ EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond
 
 class Inert(nn.Module):
     """Stands for an object of any class. Its state_dict() is that of the module it stands for."""
-    def __init__(self, *ignored):
+    def __init__(self, saved=None, *ignored):
         super().__init__()
+        if isinstance(saved, dict):                     # of an object that carries its source code
+            self.__setstate__(saved["state"])
 
     def __setstate__(self, state):
-        super().__init__()
-        if isinstance(state, dict):                 # numpy's dtype has a tuple
-            self.state = state
-            for part in ("_parameters", "_buffers", "_modules"):
-                getattr(self, part).update(state.get(part, {}))
-        return self
+        if isinstance(state, dict):                     # numpy's dtype has a tuple
+            super().__setstate__(state)
 
 def rebuild_tensor(storage, offset, size, stride, *ignored):
     return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
 
+INERT = ("torch_utils.persistence _reconstruct_persistent_obj", "builtins getattr",
+         "torch.nn.modules.container ModuleDict", "numpy dtype",
+         "numpy.core.multiarray scalar", "numpy._core.multiarray scalar")
 ALLOWED = {
-    "torch_utils.persistence _reconstruct_persistent_obj": lambda o: Inert().__setstate__(o["state"]),
+    **dict.fromkeys(INERT, Inert),
     "torch._utils _rebuild_parameter": lambda tensor, *ignored: tensor,
     "torch._utils _rebuild_tensor_v2": rebuild_tensor,
     "torch.storage _load_from_bytes": lambda b: torch.load(io.BytesIO(b), weights_only=True),
-    "torch.nn.modules.container ModuleDict": Inert,
-    "collections OrderedDict": OrderedDict,
+    "collections OrderedDict": dict,
     "builtins set": set,
-    "builtins getattr": Inert,
-    "numpy dtype": Inert,
-    "numpy.core.multiarray scalar": Inert,
-    "numpy._core.multiarray scalar": Inert,
 }
 
 class EDMUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        if f"{module} {name}" not in ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module} {name}")
-        return ALLOWED[f"{module} {name}"]
+        return ALLOWED[f"{module} {name}"]              # any other name is a KeyError
 
 def load_edm(path):
     """A .pkl of EDM or ECT -> (state dict of its EMA, arguments for UNet)."""
     try:
         with open(path, "rb") as file:
             ema = EDMUnpickler(file).load()["ema"]
-        weights = {name: w for name, w in ema.state_dict().items() if w is not None}
-        given = ema.model.state["_init_kwargs"]
+        weights = ema.state_dict()
+        given = ema.model._init_kwargs
         arguments = dict(width=given["model_channels"], mult=tuple(given["channel_mult"]),
                          blocks=given.get("num_blocks", 4), classes=given["label_dim"],
                          augment_dim=given.get("augment_dim", 0), dropout=given["dropout"],
                          resolution=given["img_resolution"])
-    except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, KeyError,
-            TypeError, ValueError, RuntimeError) as error:
+    except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, RuntimeError,
+            TypeError, ValueError) as error:
         raise InputError(f"{path}: not a network of EDM or ECT ({error})") from error
     return weights, arguments
 
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
-
-PHASES = ("pretrain", "tune")
 
 def draw(data, settings, phase, step):
     """What iteration `step` draws, from (seed, phase, step) alone -> a dict of [batch, ...].
@@ -456,7 +447,7 @@ def draw(data, settings, phase, step):
     number of processes, and a run that was killed goes on as if it had not been.
     """
     device, batch = data.images.device, settings.batch
-    entropy = np.random.SeedSequence([settings.seed, PHASES.index(phase), step])
+    entropy = np.random.SeedSequence([settings.seed, int(phase == "tune"), step])
     seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1
     chance = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
 
@@ -467,16 +458,16 @@ def draw(data, settings, phase, step):
     if data.class_names:
         # One in ten is trained without its label, so that a teacher can be guided.
         kept = torch.rand(batch, 1, **chance) > 0.1
-        drawn["labels"] = F.one_hot(data.labels[index], len(data.class_names)) * kept.float()
+        labels = F.one_hot(data.labels[index], len(data.class_names))
+        drawn["labels"] = labels * kept.float()
     if phase == "pretrain":
         drawn["t"] = torch.rand(batch, **chance)
     elif settings.method == "ect":
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **chance)
     else:
         which = torch.randint(len(settings.steps), (batch,), **chance)
-        N = torch.zeros_like(which)
-        for i, steps in enumerate(settings.steps):      # a table would have to come from the CPU
-            N = torch.where(which == i, steps, N)
+        table = [torch.full((), N, device=device) for N in settings.steps]
+        N = torch.stack(table)[which]           # a list would have to come from the CPU
         T = mcm.teacher_steps(step, *settings.T, anneal=settings.iters / 2)
         t, s, t_step = mcm.draw_times(batch, N, T, **chance)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
@@ -503,7 +494,7 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
         D = mcm.conditioned(net, N, labels=labels, seed=seed)
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
     f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
-    guide = None                                                # the data itself leads
+    guide = None                # the data itself leads
     if settings.method == "mcd":
         guide = mcm.make_f(teacher, labels=labels)
     return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=guide,
@@ -513,27 +504,28 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
 
 def train(net, teacher, data, settings, phase):
     """Trains `net` in phase "pretrain", or "tune" (where mcd needs a teacher) -> its average."""
-    latest = Path(settings.out, "latest.pt")
+    out = Path(settings.out)
     iters, peak_lr = settings.iters, settings.lr
     if phase == "pretrain":
         iters, peak_lr = settings.pretrain_iters, settings.pretrain_lr
-    net.to(memory_format=torch.channels_last).train().requires_grad_(True)
+    net.to(DEVICE, memory_format=torch.channels_last).train().requires_grad_(True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.RAdam(net.parameters(), foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
-    loss_of = step_loss
-    if settings.compile:                # one graph; "reduce-overhead" replays it on a GPU
-        loss_of = torch.compile(step_loss, fullgraph=True, mode="reduce-overhead")
+
+    # One graph, without recompiling. On a GPU "reduce-overhead" records and replays it.
+    loss_of = torch.compile(step_loss, fullgraph=True, mode="reduce-overhead",
+                            disable=not settings.compile)
 
     # Restore, if the run was stopped in this phase.
-    parts, first = dict(net=net, optimizer=optimizer, scaler=scaler), 0
-    if latest.exists():
-        saved = torch.load(latest, map_location=DEVICE, weights_only=True)
+    parts = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
+    first = 0
+    if (out / "latest.pt").exists():
+        saved = torch.load(out / "latest.pt", map_location=DEVICE, weights_only=True)
         if saved["phase"] == phase:
             first = saved["step"]
-            ema.load_state_dict(saved["ema"])
             for name, part in parts.items():
-                if saved[name]:                         # the scaler's is empty but for fp16
+                if saved[name]:                 # the scaler has a state in fp16 only
                     part.load_state_dict(saved[name])
     say(f"{phase}: {iters} iterations, {first} of them done")
 
@@ -543,20 +535,21 @@ def train(net, teacher, data, settings, phase):
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *ignored: asked_to_stop.append(True))
 
-    loss_sum = torch.zeros((), device=DEVICE)
-    logged, clock = first, time.time()
+    losses, clock = [], time.time()             # since the last line of the log
     for step in range(first, iters):
         # Draw the batch, and take this process's share of it.
         drawn = draw(data, settings, phase, step)
-        share = {name: value.chunk(WORLD)[RANK] for name, value in drawn.items()}
+        share = {name: values.chunk(WORLD)[RANK] for name, values in drawn.items()}
         stage = torch.full((), ect.stage_at(step, settings.double_every), device=DEVICE)
 
-        # Forward and backward.
+        # Forward and backward. The gradients of all processes are added up.
         loss = loss_of(net, teacher, settings, phase, stage, **share).mean() / WORLD
         scaler.scale(loss).backward()
+        losses.append(loss.detach().clone())    # CUDA graphs write over their results
         if WORLD > 1:
-            add_gradients(net)
-        loss_sum += loss.detach()
+            for p in net.parameters():
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
 
         # Update the weights. In fp16, an iteration that overflows is skipped.
         optimizer.param_groups[0]["lr"] = peak_lr * (1 - step / iters)
@@ -572,58 +565,52 @@ def train(net, teacher, data, settings, phase):
         # The first iteration compiles. Say how long that took, and do not count it.
         done = step + 1
         if settings.compile and step == first:
-            say(f"compiled, with a loss of {loss_sum.item():.5f}, in {time.time() - clock:.0f} s")
-            loss_sum, logged, clock = torch.zeros_like(loss_sum), done, time.time()
+            say(f"loss {loss.item():.5f}, compiled in {time.time() - clock:.0f} s")
+            losses, clock = [], time.time()
 
         # Log. Only here and in the next block does the host wait for the device.
         elif done % 100 == 0 or done == iters:
+            loss = torch.stack(losses).mean()
             if WORLD > 1:
-                dist.all_reduce(loss_sum)
-            loss = loss_sum.item() / (done - logged)
-            speed = (done - logged) * settings.batch / (time.time() - clock)
-            left = int((iters - done) * settings.batch / speed)
-            say(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  "
-                f"{left // 60}:{left % 60:02} left")
-            row = dict(phase=phase, step=done, loss=loss, images_per_second=speed)
+                dist.all_reduce(loss)
+            loss = loss.item()
+            speed = len(losses) * settings.batch / (time.time() - clock)
+            left = timedelta(seconds=int((iters - done) * settings.batch / speed))
+            say(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left} left")
             if RANK == 0:
-                with open(latest.with_name("metrics.jsonl"), "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            loss_sum, logged, clock = torch.zeros_like(loss_sum), done, time.time()
+                row = dict(phase=phase, step=done, loss=loss, images_per_second=speed)
+                with open(out / "metrics.jsonl", "a") as file:
+                    print(json.dumps(row), file=file)
+            losses, clock = [], time.time()
 
         # Save the state and some samples, or stop here and keep the last good state.
         if done % settings.save_every == 0 or done == iters or asked_to_stop:
+            # A scale below 1 means that fp16 overflows at every scale.
             finite = all(p.isfinite().all() for p in net.parameters())
-            if not finite or scaler.get_scale() < 1:    # below 1: fp16 overflows at every scale
-                sys.exit(f"error: {phase}, iteration {done}: weights or losses are not finite. "
-                         f"{latest} is kept: try a smaller --lr or another --precision")
+            if not finite or scaler.get_scale() < 1:
+                sys.exit(f"error: {phase}, iteration {done}: weights or losses are not finite. The "
+                         "last latest.pt is kept: try a smaller --lr or another --precision")
             if RANK == 0:
-                states = {name: part.state_dict() for name, part in parts.items()}
-                save_checkpoint(latest, ema, data, settings, phase, **states, step=done)
+                save_checkpoint("latest.pt", data, settings, phase, step=done, **parts)
                 how = how_to_sample(settings, phase)
-                images = samples(ema, how["sampler"], how["steps"][-1], 32, data, settings)
-                with atomic(latest.with_name(f"samples-{phase}-{done:06d}.png")) as part:
-                    sample.save_grid(images, part, columns=8)
+                grid = samples(ema, how["sampler"], how["steps"][-1], 32, data, settings)
+                with atomic(out / f"samples-{phase}-{done:06d}.png") as part:
+                    sample.save_grid(grid, part, columns=8)
         if asked_to_stop:
             say(f"stopped at iteration {done} and saved; the same command goes on")
             sys.exit(130)
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return ema
-
-def add_gradients(net):
-    """Adds up the gradients of all processes, in one message."""
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    torch.nn.utils.vector_to_parameters(flat, gradients)
 
 # ---- What the tuning bought ----------------------------------------------------------------------
 
 def how_to_sample(settings, phase):
     """What a checkpoint of this phase says about itself, see sample.generate."""
     if phase == "pretrain":
-        return dict(method="diffusion", sampler="heun", steps=[18])     # EDM's for CIFAR-10
-    sampler = "renoise" if settings.method == "ect" and not settings.segmented else "multistep"
+        return dict(method="diffusion", sampler="heun", steps=[18])     # EDM's
+    fresh_noise = settings.method == "ect" and not settings.segmented
+    sampler = "renoise" if fresh_noise else "multistep"
     return dict(method=settings.method, sampler=sampler, steps=settings.steps)
 
 def samples(net, sampler, steps, n, data, settings):
@@ -640,30 +627,33 @@ def samples(net, sampler, steps, n, data, settings):
 
 def report(diffusion, tuned, data, settings, extractor):
     """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png."""
-    n, out, real = settings.fd_samples, Path(settings.out), data.images.cpu()
-    statistics, floor = fid.statistics_of(real, extractor), fid.floor_of(real, extractor, n)
+    out = Path(settings.out)
+    n = settings.fd_samples
+    real = data.images.cpu()
+    statistics = fid.statistics_of(real, extractor)
     fid.save_statistics(out / "reference.npz", statistics, extractor, real.shape[2:])
+    floor = fid.floor_of(real, extractor, n)
     metric = fid.metric_name(extractor.name, n)
     say(f"\n{data.name}: {metric}; real images have {floor:.2f}\n"
         "model      steps  evaluations  distance  images/s")
 
     # At N steps before and after the tuning, and the diffusion model at its best.
-    tuned_sampler = how_to_sample(settings, "tune")["sampler"]
-    table = [("diffusion", "ddim", N) for N in settings.steps]
-    table += [(settings.method, tuned_sampler, N) for N in settings.steps]
-    table += [("diffusion", "heun", 18)]
+    sampler = how_to_sample(settings, "tune")["sampler"]
+    table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
+    table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
+    table += [("diffusion", diffusion, "heun", 18, 35)]
     rows, pictures = [], []
-    for method, sampler, N in table:
-        start, net = time.time(), diffusion if method == "diffusion" else tuned
-        images = samples(net, sampler, N, n, data, settings)
+    for method, net, sampler, steps, nfe in table:      # nfe: evaluations of the network
+        start = time.time()
+        images = samples(net, sampler, steps, n, data, settings)
         speed = n / (time.time() - start)
         made = fid.statistics_of(images, extractor)
         distance = fid.frechet_distance(made.mean, made.cov, statistics.mean, statistics.cov)
-        nfe = 2 * N - 1 if sampler == "heun" else N             # evaluations of the network
-        say(f"{method:<10} {N:5} {nfe:12} {distance:9.2f} {speed:9.0f}")
-        rows.append(dict(model="diffusion" if net is diffusion else "tuned", method=method, steps=N,
-                         nfe=nfe, metric=metric, distance=distance, features=extractor.name, n=n,
-                         floor=floor, images_per_second=speed))
+        say(f"{method:<10} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}")
+        model = "diffusion" if net is diffusion else "tuned"
+        rows.append(dict(model=model, method=method, steps=steps, nfe=nfe, metric=metric,
+                         distance=distance, features=extractor.name, n=n, floor=floor,
+                         images_per_second=speed))
         pictures.append(images[:10])
     with atomic(out / "result.json") as part:
         part.write_text(json.dumps(rows, indent=1))
@@ -675,7 +665,7 @@ def report(diffusion, tuned, data, settings, extractor):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    if TORCHRUN:
+    if WORLD > 1:
         if DEVICE.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(hours=2))     # time for a slow download
@@ -689,39 +679,37 @@ def main(arguments=None):
         extractor = fid.Extractor(settings.features, DEVICE)
         data = load_data(settings)
         diffusion = open_run(settings, data)
-        if TORCHRUN and RANK == 0:
+        if RANK == 0 and WORLD > 1:
             dist.barrier()
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    torch.backends.cudnn.benchmark = True                       # shapes are always the same
-    torch.backends.cudnn.allow_tf32 = settings.precision != "fp32"
-    torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
-    UNet.autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.precision)
-    try:
-        run(diffusion, data, settings, extractor)
-    except torch.cuda.OutOfMemoryError:
-        parser.error("--batch: out of GPU memory, make it smaller")
-    if TORCHRUN:
-        dist.destroy_process_group()
 
-def run(diffusion, data, settings, extractor):
-    """Trains a diffusion model if none is given, tunes a copy of it, and reports."""
+    # The precision of what autocast leaves in float32, then of the rest.
+    tf32 = settings.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True                   # shapes are always the same
+    UNet.autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.precision)
+
+    # Train a diffusion model, if none is given.
     if diffusion is None:
         torch.manual_seed(settings.seed)
         net = UNet(settings.width, **NETS[settings.preset], dropout=settings.dropout,
                    classes=len(data.class_names), resolution=data.images.shape[-1])
-        diffusion = train(net.to(DEVICE), None, data, settings, "pretrain")
-    diffusion = diffusion.to(DEVICE).eval().requires_grad_(False)
+        diffusion = train(net, None, data, settings, "pretrain")
+    diffusion.to(DEVICE).eval().requires_grad_(False)
     if RANK == 0:
-        save_checkpoint(Path(settings.out, "diffusion.pt"), diffusion, data, settings, "pretrain")
+        save_checkpoint("diffusion.pt", data, settings, "pretrain", ema=diffusion)
 
-    # The copy has an embedding of the segment, which is zero at first and changes nothing.
+    # Tune a copy. Its embedding of the segment is zero at first and changes nothing.
     segments = sum(range(1, max(settings.steps) + 1))
-    net = UNet(**{**diffusion.arguments, "dropout": settings.dropout, "segments": segments})
+    net = UNet(**dict(diffusion.arguments, dropout=settings.dropout, segments=segments))
     net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
-    tuned = train(net.to(DEVICE), diffusion, data, settings, "tune")
+    tuned = train(net, diffusion, data, settings, "tune")
     if RANK == 0:
         report(diffusion, tuned, data, settings, extractor)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 # ---- What main needs -----------------------------------------------------------------------------
 
@@ -733,28 +721,26 @@ def say(text):
 def atomic(path):
     """`with atomic(path) as part:` write to part, which becomes `path` when it is whole."""
     part = path.with_name(f".part-{path.name}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    yield part
+    part.replace(path)
 
-def save_checkpoint(path, ema, data, settings, phase, **more):
-    """One file of tensors and plain values, with all that sample.py needs."""
-    state = dict(more, ema=ema.state_dict(), arguments=ema.arguments, phase=phase, data=data.name,
-                 class_names=data.class_names, settings=vars(settings),
-                 **how_to_sample(settings, phase))
-    with atomic(path) as part:
-        torch.save(state, part)
+def save_checkpoint(name, data, settings, phase, step=None, **parts):
+    """One file of tensors and plain values, with all that sample.py needs. parts: ema, net, ..."""
+    state = {key: part.state_dict() for key, part in parts.items()}
+    state.update(arguments=parts["ema"].arguments, phase=phase, step=step, data=data.name,
+                 class_names=data.class_names, settings=vars(settings))
+    state.update(how_to_sample(settings, phase))
+    with atomic(Path(settings.out, name)) as file:
+        torch.save(state, file)
 
 def load_checkpoint(path):
     """A file of save_checkpoint -> its averaged network in eval mode, and all of its dict."""
     try:
         state = torch.load(path, map_location=DEVICE, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path}: damaged, or not a checkpoint of ours") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        state = {}
     if "sampler" not in state:
-        raise InputError(f"{path}: not a checkpoint of this version, train it anew")
+        raise InputError(f"{path}: damaged, or not a checkpoint of this version")
     net = UNet(**state["arguments"]).to(DEVICE)
     net.load_state_dict(state["ema"])
     return net.eval(), state
@@ -765,18 +751,19 @@ def open_run(settings, data):
     settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
     settings.data = data.name
     out = Path(settings.out)
+    begun = out / "settings.json"
 
     # The same command goes on with the run. Any other must not mix with it.
-    if (out / "settings.json").exists():
-        for name, before in json.loads((out / "settings.json").read_text()).items():
+    if begun.exists():
+        for name, before in json.loads(begun.read_text()).items():
             now = getattr(settings, name)
             if now != before and name not in MAY_CHANGE:
-                raise InputError(f"--{name.replace('_', '-')}: {out} was begun with {before}, not "
-                                 f"with {now}; choose another --out")
+                option = name.replace("_", "-")
+                raise InputError(f"--{option}: {out} was begun with {before}, not with {now}")
     diffusion = load_init(out / "diffusion.pt", settings.init, data)
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
-        with atomic(out / "settings.json") as part:
+        with atomic(begun) as part:
             part.write_text(json.dumps(vars(settings), indent=1))
     return diffusion
 
@@ -790,7 +777,7 @@ def load_init(own, init, data):
         init = Path(__file__).parent / "assets/diffusion.pt"
     elif init == "edm":
         init = fid.download(*EDM)
-        say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what is made of them")
+        say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what they lead to")
     if Path(init).suffix == ".pkl":
         weights, arguments = load_edm(init)
         net = UNet(**arguments)
@@ -800,11 +787,11 @@ def load_init(own, init, data):
     else:
         net, state = load_checkpoint(init)
         if state["method"] != "diffusion":
-            raise InputError(f"--init {init}: it is tuned already, give a diffusion model")
-    its = net.arguments["resolution"], net.arguments["classes"]
+            raise InputError(f"--init {init}: tuned already, give a diffusion model")
+    its = net.image_shape[-1], net.model.classes
     wanted = data.images.shape[-1], len(data.class_names)
     if its != wanted:
-        raise InputError(f"--init {init}: made for (side, classes) {its}, the data has {wanted}")
+        raise InputError(f"--init {init}: has (side, classes) {its}, the data {wanted}")
     return net
 
 if __name__ == "__main__":
