@@ -4,8 +4,8 @@
     python fid.py samples train --features random --n 1000    # any images, no download
 
 First the images to judge, then the real ones: a folder, a .zip, an .npz (arr_0: uint8 NHWC),
-cifar10 (its training set) or, for the real ones, an .npz of statistics (mu, sigma). The floor beside
-a distance is what two sets of as many real images give.
+cifar10 (its training set) or, for the real ones, an .npz of statistics (mu, sigma). The floor
+beside a distance is what two sets of as many real images give.
 
 What a published FID is, and why each part matters:
 1. Features of the Inception graph of 2015. Other weights or other pooling are another measure.
@@ -16,7 +16,7 @@ What a published FID is, and why each part matters:
 
 In reading order: Inception, features, statistics and distance, images, the command line.
 """
-import argparse, hashlib, json, sys, time, zipfile
+import argparse, hashlib, json, sys, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,9 +53,10 @@ def download(url, sha256, folder=None):
 def resize_tf1(images):
     """[N, C, H, W] in 0..255 -> float32 [N, C, 299, 299], as TensorFlow 1 resizes.
 
-    TensorFlow 1 reads at i * size / 299: no half-pixel offset, no reading beyond the last pixel.
-    With one more pixel on both sides this is align_corners: i * (size + 1 - 1) / (300 - 1).
-    In float64, because float32 rounds these positions.
+    TensorFlow 1 reads at i * size / 299: no half-pixel offset, no reading beyond the last pixel. Pad
+    the input by one pixel at the right and the bottom, and resize to 300: align_corners then reads
+    at i * (size + 1 - 1) / (300 - 1). The last row and column are dropped. In float64, because
+    float32 rounds these positions.
     """
     padded = F.pad(images.double(), (0, 1, 0, 1), mode="replicate")
     larger = F.interpolate(padded, size=(300, 300), mode="bilinear", align_corners=True)
@@ -98,7 +99,8 @@ class InceptionFID(inception.Inception3):
     def __init__(self):
         blocks = [inception.BasicConv2d, BlockA, inception.InceptionB, BlockC,
                   inception.InceptionD, BlockE, inception.InceptionAux]
-        super().__init__(1008, False, inception_blocks=blocks, init_weights=False)
+        super().__init__(num_classes=1008, aux_logits=False, inception_blocks=blocks,
+                         init_weights=False)
         self.Mixed_7c = LastBlock(2048)
         self.eval()
 
@@ -144,13 +146,13 @@ class Extractor:
     name tells which features these are, hash from which weights.
     """
     def __init__(self, spec, device="cpu"):
-        self.name, self.hash, self.device = spec, spec, device
+        self.name = self.hash = spec
+        self.device = device
         self.net = random_features
         if spec == "inception":
             net = InceptionFID().to(device)
             net.load_state_dict(torch.load(download(*INCEPTION), device, weights_only=True))
-            net.fold()
-            self.net = torch.compile(net, dynamic=True, disable=str(device) == "cpu")
+            self.net = net.fold()
         elif spec != "random":
             try:
                 self.net = torch.jit.load(spec, device).eval()
@@ -197,7 +199,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     if len(mean1) != len(mean2):
         raise InputError(f"features of {len(mean1)} and of {len(mean2)} dimensions do not compare")
     if not (mean1 - mean2 + cov1 + cov2).isfinite().all():
-        raise InputError("no distance: give two images or more (four real ones), finite features")
+        raise InputError("no distance: a covariance needs two images or more, the floor four")
     values, vectors = torch.linalg.eigh(cov1)
     values = values.where(values > 1e-12 * values[-1], 0)   # for n <= d zeros arrive as rounding
     root = vectors * values.sqrt()                          # R
@@ -206,7 +208,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return distance.clamp(min=0).item()
 
 def metric_name(features, n):
-    """FID only for what papers call FID. Else the name says what was measured."""
+    """FID only for what papers call FID. Any other distance is named after its features and n."""
     if features == "inception" and n >= 50_000:
         return "FID"
     return f"FD({features})@{n}"
@@ -229,8 +231,9 @@ def statistics_of(images, extractor):
 def floor_of(images, extractor, n):
     """The distance of n real images from n others, or of the two halves if there are fewer."""
     n = max(1, min(n, len(images) // 2))
-    one = statistics_of(shuffled(images)[:n], extractor)
-    other = statistics_of(shuffled(images)[n:2 * n], extractor)
+    mixed = shuffled(images)
+    one = statistics_of(mixed[:n], extractor)
+    other = statistics_of(mixed[n:2 * n], extractor)
     return frechet_distance(one.mean, one.cov, other.mean, other.cov)
 
 def save_statistics(path, statistics, extractor, size):
@@ -267,13 +270,13 @@ def read_images(source):
     else:
         pixels, labels = read_files(path)
     classes, labels = np.unique(labels, return_inverse=True)
-    names = [str(name) for name in classes if len(classes) > 1]     # one is no class
+    names = [str(name) for name in classes if len(classes) > 1]     # a single one tells nothing
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), names
 
 def load_arrays(path):
     try:
         return dict(np.load(path))                                  # runs no pickles
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a readable .npz, write it anew") from error
 
 def read_files(path):
@@ -284,24 +287,28 @@ def read_files(path):
         root, names = zipfile.Path(path), zipfile.ZipFile(path).namelist()
     else:
         raise InputError(f"{path}: not found; give a folder, a .zip, an .npz or cifar10")
-    files = sorted(filter(folder.is_image_file, names))
+    files = [name for name in sorted(names)
+             if folder.is_image_file(name) and not Path(name).name.startswith("._")]
     if not files:
         raise InputError(f"{path}: no images in it")
 
     # EDM and StyleGAN keep labels in dataset.json. Without it, the folders are the classes.
     labels = [name.rpartition("/")[0] or "." for name in files]
     if "dataset.json" in names:
-        table = dict(json.loads((root / "dataset.json").read_text())["labels"] or ())
-        labels = [table.get(name, -1) for name in files]
+        try:
+            table = dict(json.loads((root / "dataset.json").read_text())["labels"] or ())
+            labels = [int(table.get(name, -1)) for name in files]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}: dataset.json has no number for each image") from error
 
     # A few threads decode. Pillow and zipfile raise these errors over damaged files.
     def decode(name):
         try:
             with (root / name).open("rb") as file, Image.open(file) as image:
-                if image.mode[0] in "IF":                           # would become white
+                if image.mode.startswith(("I", "F")):               # Pillow would clip these
                     raise ValueError("more than 8 bits a channel")
                 image = ImageOps.exif_transpose(image).convert("RGBA")
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: {name} cannot be read ({error})") from error
         white = Image.new("RGBA", image.size, "white")              # behind transparent pixels
         return np.array(Image.alpha_composite(white, image).convert("RGB"))
@@ -318,7 +325,7 @@ def main(arguments=None):
     parser.add_argument("a", help="images to judge: a folder, a .zip, an .npz or cifar10")
     parser.add_argument("b", help="real images: the same, or an .npz of statistics")
     parser.add_argument("--features", default="inception", help="or random, or TorchScript")
-    parser.add_argument("--n", type=int, default=50_000, help="judge so many of a")
+    parser.add_argument("--n", type=int, default=50_000, help="how many images of a are used")
     args = parser.parse_args(arguments)
     try:
         images = shuffled(read_images(args.a)[0])[:max(args.n, 0)]

@@ -6,12 +6,12 @@ is hard to learn. Between the two lies a dial: cut time into N segments, and let
 only where the sampler would leave the current segment. N = 1 is a consistency model, N = infinity
 is a diffusion model, and 2 to 8 steps recover most of the quality.
 
-    t = 0               1/2                1
+    t = 0               1/2             1
         |---+---+---+---|---+---+---+---|       N = 2 segments, n = 4 teacher steps in each, T = 8
     image            t_step     s   t   noise
                                 <---            one teacher step (DDIM or aDDIM) from z_t to z_s
-                        <-------                the reference's jump from z_s: known, we trust it
-                        <-----------            the jump from z_t that f learns: same landing place
+                        <-------                the reference's jump from z_s
+                        <-----------            the jump from z_t that f learns, to the same place
 
 Symbols (B: samples in a batch; "...": any shape, such as C, H, W):
 
@@ -19,21 +19,21 @@ Symbols (B: samples in a batch; "...": any shape, such as C, H, W):
     x              x              x             [B, ...]        a clean image, in [-1, 1]
     epsilon        epsilon        eps           [B, ...]        unit Gaussian noise
     z_t            x_t            z_t           [B, ...]        noisy image, alpha x + sigma eps
-    alpha, sigma   1, t           alpha, sigma  [B, 1, ...]     the schedule at t, both > 0
+    alpha, sigma   1, t           alpha, sigma  [B, 1, ...]     the schedule at t
     t, s           t, r           t, s   (t, r) [B]             a time, and an earlier one, s < t
     t_step         0              t_step        [B]             lower edge of t's segment, <= s
     student_steps  1              N             int, [B]        segments, and sampling steps
     T(i)           -              T             float           teacher steps in all of [0, 1]
-    T / N          -              n             int, [B]        teacher steps in each segment
+    T / N          -              n             [] or [B]       teacher steps in each segment
     step           -              step          [B]             which segment, 0 .. N - 1
     n_rel          -              n_rel         [B]             which teacher step in it, 1 .. n
     f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     the network's guess of x, x_hat
+    -              D(x; sigma)    D(x, sigma)   -> [B, ...]     the same guess from x0 + sigma eps
     x_teacher      -              x_teacher     [B, ...]        the guess that leads from t to s
     x_var          -              x_var         [B]             variance that this guess lacks
     x_ref          f(x_r, r)      x_ref         [B, ...]        f's guess at s, without gradient
 
-Everything is computed per sample. Nothing but draw_times is random. The network is called twice,
-without and with gradient: autocast belongs inside it, and dropout should draw one mask for both.
+Everything is computed per sample, and of the functions only draw_times is random.
 
     python mcm.py        # the dial in one dimension: a table, in two minutes
 """
@@ -46,27 +46,27 @@ from torch import nn
 # A schedule is a function t -> (alpha, sigma), with alpha > 0 and a rising sigma / alpha. Networks
 # only ever see the ratio sigma / alpha, so one network serves every schedule.
 
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0      # the noise levels that EDM's networks are trained on
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0      # EDM samples between these noise levels
 ANGLE_MIN, ANGLE_MAX = math.atan(SIGMA_MIN), math.atan(SIGMA_MAX)
 
 def cosine(t):
     """Variance preserving: t in [0, 1] -> alpha = cos(angle), sigma = sin(angle), in t's shape.
 
-    The angle is linear in t, so that log-SNR = -2 log tan(angle) falls from +2 log 500 to
-    -2 log 80. It stays inside (0, pi/2): at pi/2 the tangent is negative in float32.
+    The angle is linear in t, and stays inside (0, pi/2). sigma / alpha rises from 0.002 to 80, so
+    that log-SNR = log(alpha^2 / sigma^2) falls from 2 log 500 to -2 log 80.
     """
     angle = ANGLE_MIN + torch.as_tensor(t) * (ANGLE_MAX - ANGLE_MIN)
     return angle.cos(), angle.sin()
 
 def edm(t):
-    """Variance exploding: t in [0, 80] -> alpha = 1, sigma = t (Karras et al., 2206.00364)."""
+    """Variance exploding: t >= 0 -> alpha = 1, sigma = t (EDM, Karras et al., 2206.00364)."""
     t = torch.as_tensor(t)
     return torch.ones_like(t), t
 
 def alpha_sigma(schedule, t, x):
     """alpha and sigma at t, a number or [B], as [1 or B, 1, ...] to broadcast against x [B, ...].
 
-    In float32 or better, whatever x is: in bfloat16 a sigma of 80 would become 62.
+    In float32 or better, also where x is bfloat16: sigma / alpha at t = 1 would be 62, not 80.
     """
     if not torch.is_tensor(t):
         t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -99,9 +99,9 @@ def inv_ddim(z_s, z_t, t, s, schedule=cosine):
 def addim(x, z_t, t, s, x_var, schedule=cosine):
     """Algorithm 3, adjusted DDIM, with eq. (14) -> z_s [B, ...].
 
-    x is the mean of all images that z_t may come from, so a DDIM step loses their variance around
-    it. aDDIM makes the noise a little longer to put the variance back. x_var, a number or [B], is
-    the missing variance per element. With x_var = 0 this is ddim.
+    A diffusion model's x is the mean of all images that z_t may come from, so a DDIM step loses
+    their variance around it. aDDIM makes the noise a little longer to put the variance back.
+    x_var, a number or [B], is the missing variance per element. With x_var = 0 this is ddim.
     """
     alpha_t, sigma_t = alpha_sigma(schedule, t, z_t)
     alpha_s, sigma_s = alpha_sigma(schedule, s, z_t)
@@ -127,7 +127,8 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None,
     """The random times of Algorithm 1 -> t, s, t_step [B], with t_step <= s < t.
 
     student_steps: N, or int64 [B] where one network serves several N.
-    teacher_steps: T > 0. It is rounded to a whole number n >= 1 of steps in each segment.
+    teacher_steps: T(i) > 0. We round it to T = n N, with a whole number n >= 1 of steps in each
+        segment. (In the paper T stays T(i), and where N does not divide it, t can pass the edge.)
     u: [2, B] in [0, 1), to choose the times by something else than torch.rand.
     """
     if u is None:
@@ -155,8 +156,10 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     teacher(z, t)   distillation (MCD): the teacher's guess leads. See also `guided`.
     f_ref           the reference. None: f itself. TRACT (2303.04248): an average of f.
     huber_eps       see v_loss.
-    N = 1 is the loss of a consistency model, T = N that of a diffusion model. Only the call
-    f(z_t, t) has a gradient. For another schedule, give the t of equal sigma / alpha.
+    In training, N = 1 is the loss of a consistency model and T = N that of a diffusion model.
+    f is called at s without gradient, then at t with. Autocast belongs inside f, and dropout in f
+    should have one mask for both calls. draw_times gives cosine's times: for mcm.edm, give the
+    sigma / alpha of each.
     """
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
@@ -170,7 +173,8 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
         if isinstance(x_teacher, tuple):
             x_teacher, x_mean = x_teacher
 
-        # (3) The paper puts back 3/4 of the guess's squared error. In training, x_var is 0.
+        # (3) One step to s. The paper puts back 3/4 of the teacher's squared error. Without a
+        #     teacher the error and x_var are 0, and aDDIM is DDIM.
         x_var = x_var_frac * mean_per_sample((x_mean - x) ** 2)
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
 
@@ -185,11 +189,11 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
 def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     """The x that jumps from z_t to the place where the reference jumps from z_s -> [B, ...].
 
-    Both jumps end at t_step. For s = t_step no jump is left, z_s is the place itself, and the
-    target is that of a diffusion model, eq. (8).
+    Both jumps end at t_step. For s = t_step no jump is left, and z_s is the place itself: the
+    target of a diffusion model, eq. (8), which in training is x.
     """
-    # The batch is one tensor, so f_ref is called for samples with s = t_step too. It is called at
-    # t, because D(x, 0) need not exist. Its guess there, even NaN, is not used.
+    # f_ref runs on the whole batch. Where s = t_step its guess is thrown away, even a NaN. There we
+    # call it at t, because s may be a noise level of 0, where a network need not be defined.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -199,57 +203,58 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
 def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """The pseudo-Huber distance of two guesses of x [B, ...], measured in v-space -> [B].
 
-    An error in x is sigma times one in v = alpha eps - sigma x. So the paper's weight, SNR + 1,
-    stands inside the norm as its square root. We take the mean over elements where the paper takes
-    the sum: then huber_eps is an error per element, for images of any size.
+    For a given z_t and alpha^2 + sigma^2 = 1, a difference in v = alpha eps - sigma x is 1 / sigma
+    times one in x, which is the paper's weight, |dv|^2 = (SNR + 1) |dx|^2. The factor
+    sqrt(alpha^2 + sigma^2) makes the loss the same for all schedules of equal sigma / alpha.
+    We take the mean over elements where the paper takes the sum: then huber_eps is an error per
+    element, for images of any size.
     """
     alpha, sigma = alpha_sigma(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
     return pseudo_huber(mean_per_sample(v_difference**2), huber_eps)
 
-def pseudo_huber(square, eps):
-    """sqrt(square + eps^2) - eps, for a squared norm [B] -> [B].
+def pseudo_huber(square, c):
+    """sqrt(square + c^2) - c for a squared norm [B] -> [B], without cancellation.
 
-    Small eps: a norm, whose minimum is a median. Large eps: square / (2 eps), whose minimum is a
-    mean. Written as a quotient, nothing cancels. The 1e-30 makes the slope at 0 finite for eps 0.
+    Small c: a norm, whose minimum is a median. Large c: square / (2 c), whose minimum is a mean.
     """
-    return square / ((square + eps**2 + 1e-30) ** 0.5 + eps)
+    return square / ((square + c**2 + 1e-30) ** 0.5 + c)        # 1e-30: a finite slope at 0
 
 # ---- Networks ------------------------------------------------------------------------------------
 # A network here is a denoiser D(x, sigma) -> x_hat, where x = x0 + sigma eps [B, ...], sigma [B].
 
-def make_f(denoiser, schedule=cosine, steps=None, **condition):
+def make_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) -> x_hat from a denoiser: f(z, t) = D(z / alpha, sigma / alpha).
 
     steps (N, or int64 [B]) and condition: see `conditioned`.
     """
-    D = conditioned(denoiser, steps, **condition)
+    D = conditioned(denoise, steps, **condition)
 
     def f(z, t):
         alpha, sigma = alpha_sigma(schedule, t, z)
         return D(z / alpha, (sigma / alpha).flatten().expand(len(z)))
     return f
 
-def conditioned(denoiser, steps=None, **condition):
+def conditioned(denoise, steps=None, **condition):
     """D(x, sigma) with the rest given: labels, text, ... and, if steps is N, the segment."""
     def D(x, sigma):
         if steps is None:
-            return denoiser(x, sigma, **condition)
-        return denoiser(x, sigma, segment=segment(sigma, steps), **condition)
+            return denoise(x, sigma, **condition)
+        return denoise(x, sigma, segment=segment(sigma, steps), **condition)
     return D
 
 def segment(sigma, steps):
     """Which of the N segments holds the noise level sigma / alpha [B] -> int64 [B]. (Ours.)
 
-    The result is a row of one table with the segments of all N: row 0 is the segment of N = 1,
-    rows 1 and 2 are those of N = 2, and those of N begin at row 0 + 1 + ... + (N - 1).
-    A network must be told the segment, because its target jumps where two segments meet, and a
-    smooth function of sigma cannot jump.
+    The result is a row of one table for all N: row 0 is the segment of N = 1, rows 1 and 2 are
+    those of N = 2, and so on. Segment `step` of N is row N (N - 1) / 2 + step.
+    A network needs to be told, because its target is discontinuous where two segments meet, and a
+    smooth function of sigma cannot be.
     """
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
 
-    # Jumps start on edges, so a time on an edge belongs to the segment below it. The 1e-4 allows
-    # for a sigma that was rounded up.
+    # The sampler calls f on the edges. There t belongs to the segment below. The 1e-4 allows for a
+    # sigma that was rounded up.
     step = (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1) - 1
     return (step + steps * (steps - 1) // 2).long()
 
@@ -261,7 +266,7 @@ def guided(f, f_uncond, weight):
         return x_guided, x_cond
     return teacher
 
-# ---- The dial in one dimension, a use of everything above ---------------------------------------
+# ---- The dial in one dimension -------------------------------------------------------------------
 
 WEIGHTS = torch.tensor([0.3, 0.5, 0.2])         # the data: three Gaussians
 MEANS = torch.tensor([-1.2, 0.2, 1.3])
@@ -305,7 +310,8 @@ def train_toy(net, N=None, teacher=None, iterations=2400, lr=3e-2):
             T = teacher_steps(i, 12, 512, anneal=iterations * 2 / 3)
             t, s, t_step = draw_times(4096, N, T, u=u[3:])
 
-        # In one dimension a norm is |v| and would learn medians. huber_eps = 100: a square.
+        # In one dimension the norm of v is |v|, and would learn medians: huber_eps = 100 makes it a
+        # square. aDDIM's mean over one element is no variance: x_var is 0.
         loss = consistency_loss(f, x, eps, t, s, t_step, teacher=teacher, x_var_frac=0.0,
                                 huber_eps=100.0)
         optimizer.zero_grad()
@@ -324,7 +330,8 @@ def sample_toy(f, z, N):
 def main(n=100_000):
     """Prints the table of README.md."""
     from scipy.stats import wasserstein_distance
-    # The exact quantiles of noise and data, so that nothing in the table is left to chance.
+    # The exact quantiles of noise and data: no chance in the sampling.
+    torch.manual_seed(0)
     z = torch.special.ndtri((torch.arange(n).double() + 0.5) / n).float()[:, None]
     truth, weights = (MEANS + STD * z).flatten(), WEIGHTS.repeat(n)
 

@@ -7,7 +7,7 @@
     heun        D(x, sigma)   EDM Algorithm 1 without churn: second order, 2 steps - 1 evaluations
 
 Noise and images are [B, ...]. Images come out on the scale of [-1, 1], not clipped. The state is
-float64, because float32 errors add up at sigma = 80. Labels and guidance belong into f or D.
+float64, because float32 errors add up at sigma = 80. f and D have their labels bound already.
 
     python sample.py --steps 2                               # a model that comes with the code
     python sample.py CHECKPOINT --steps 2 --n 64 --out grid.png
@@ -29,13 +29,14 @@ def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
     steps: N, for the times 1, (N - 1)/N, ..., 0, or a list of falling times of the schedule.
     x_var(alpha_t, sigma_t): None for a jump by ddim, or as in `addim`.
     """
+    times = steps
     if isinstance(steps, int):
-        steps = [i / steps for i in range(steps, -1, -1)]
+        times = [i / steps for i in range(steps, -1, -1)]       # 1, (N - 1)/N, ..., 0
     time_dtype = torch.promote_types(z.dtype, torch.float32)    # also where z is bfloat16
     state = z.double()
-    for t, s in zip(steps[:-1], steps[1:]):
-        times = torch.full((len(z),), t, dtype=time_dtype, device=z.device)
-        x_hat = f(state.to(z.dtype), times).double()
+    for t, s in zip(times[:-1], times[1:]):
+        t_batch = torch.full((len(z),), t, dtype=time_dtype, device=z.device)
+        x_hat = f(state.to(z.dtype), t_batch).double()
         if x_var is None:
             state = mcm.ddim(x_hat, state, t, s, schedule)
         else:
@@ -106,17 +107,18 @@ def generate(net, sampler, steps, numbers, seed=0, labels=None):
     """
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1
-    noise = [np.random.default_rng([seed, i]).standard_normal((draws, *net.image_shape), np.float32)
-             for i in numbers]
-    noise = torch.from_numpy(np.stack(noise, 1)).to(device)     # [draws, B, C, H, W]
+    each = [np.random.default_rng([seed, i]).standard_normal((draws, *net.image_shape), np.float32)
+            for i in numbers]
+    noise = torch.from_numpy(np.stack(each, axis=1)).to(device)     # [draws, B, C, H, W]
     z = noise[0]
     if sampler == "heun":
         return heun(mcm.conditioned(net, labels=labels), z, steps).float()
     if sampler == "multistep":
         return multistep(mcm.make_f(net, steps=steps, labels=labels), z, steps)
     if sampler == "renoise":
-        sigmas = [mcm.SIGMA_MAX, ect.MID_SIGMA]                 # ECT's, for two steps
-        if steps != 2:                                          # ours: equal in cosine's t
+        # ECT gives levels for two steps. For others we take equal distances in cosine's t.
+        sigmas = [mcm.SIGMA_MAX, ect.MID_SIGMA]
+        if steps != 2:
             sigmas = [mcm.SIGMA_MAX, *ect.segment_edges(steps).flip(0).tolist()]
         return renoise(mcm.conditioned(net, 1, labels=labels), z, sigmas, noise[1:]).float()
     sample_diffusion = addim if sampler == "addim" else ddim
@@ -155,14 +157,19 @@ def main(arguments=None):
         parser.error(str(error))
 
     # What is asked for must be what the network was trained for.
-    steps, sampler, names = args.steps or max(state["steps"]), state["sampler"], state["class_names"]
+    steps = args.steps or max(state["steps"])
+    sampler, names = state["sampler"], state["class_names"]
     if state["method"] == "diffusion":
         sampler = args.sampler or ("heun" if steps > 8 else "ddim")
     elif args.sampler or (sampler == "multistep" and steps not in state["steps"]):
         parser.error(f"--steps, --sampler: {args.checkpoint} is tuned for {state['steps']} steps")
-    classes = [i for i, name in enumerate(names) if args.label in (None, name, str(i))]
-    if args.label and not classes:
-        parser.error(f"--class {args.label}: {args.checkpoint} knows {names or 'no classes'}")
+    classes = list(range(len(names)))
+    if args.label in names:
+        classes = [names.index(args.label)]
+    elif args.label is not None:
+        classes = [i for i in classes if str(i) == args.label]
+        if not classes:
+            parser.error(f"--class {args.label}: {args.checkpoint} knows {names or 'no classes'}")
 
     images = []
     for first in range(0, args.n, 250):

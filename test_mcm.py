@@ -306,7 +306,7 @@ def test_ect_in_segments():
     # So the loss stays bounded near an edge, though its weight 1 / (t - r) does not.
     near = edges[0] * (1 + torch.logspace(-12, -1, len(T)).double())
     assert ect.ect_loss(D, X, EPS, near, 3, edges=edges).max() < 50
-    assert [ect.stage_at(i, 100) for i in (0, 99, 100)] == [0, 0, 1] and ect.stage_at(9, 0) == 0
+    assert [ect.stage_at(i, 300, 3) for i in (0, 99, 100, 299)] == [0, 0, 1, 2]
     assert allclose(torch.std_mean(ect.draw_t(10**6).log()), [2, -1.1], rtol=0.01)
 
 # ---- The network ---------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ CASES = [("pretrain", "--classes"), ("tune", "--steps 1 2 4"), ("tune", "--steps
 class Iterations:
     """The iterations of train_cifar.train, small, on any device."""
     def __init__(self, phase, options, device="cpu"):
-        options = f"--preset shapes --batch 8 --iters 10 --double-every 3 {options}"
+        options = f"--preset shapes --batch 8 --iters 10 --stages 4 {options}"
         self.settings = train_cifar.read_settings(argparse.ArgumentParser(), options.split())
         self.phase, self.device = phase, torch.device(device)
         images, labels, names = train_cifar.shapes(64, 16)
@@ -378,7 +378,7 @@ class Iterations:
         return {name: value.to(self.device) for name, value in drawn.items()}
 
     def run(self, step, drawn, step_loss=train_cifar.step_loss):
-        stage = torch.full((), ect.stage_at(step, self.settings.double_every), device=self.device)
+        stage = torch.full((), ect.stage_at(step, 10, self.settings.stages), device=self.device)
         loss = step_loss(self.net, self.teacher, self.settings, self.phase, stage, **drawn)
         loss.mean().backward()
         self.optimizer.step()
@@ -799,11 +799,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
     monkeypatch.setattr(train_cifar, "step_loss", planted)
     factors[:] = [1, 1, 1, math.nan]
     with pytest.raises(SystemExit, match="iteration 4: .*not finite.*is kept"):
-        train("--out other --init run/diffusion.pt --double-every 2")
+        train("--out other --init run/diffusion.pt --stages 3")
     assert stages == [0, 0, 1, 1]                       # ECT's, though MCT has no use for it
     assert torch.load("other/latest.pt", weights_only=True)["step"] == 2
     factors[:] = [math.inf, 1, 1, 1]
-    train("--out other --init run/diffusion.pt --double-every 2 --precision fp16")  # goes on
+    train("--out other --init run/diffusion.pt --stages 3 --precision fp16")  # goes on
     state = torch.load("other/latest.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state["net"].values())
     assert state["optimizer"]["state"][0]["step"] == 5 and state["scaler"]["scale"] == 2**15

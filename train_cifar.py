@@ -53,6 +53,7 @@ COUNT = dict(type=number(int, 1, 10**9))
 NATURAL = dict(type=number(int, 0, 2**32))
 RATIO = dict(type=number(float, 0, 1))
 REAL = dict(type=number(float, -1e6, 1e6))
+SIZE = dict(type=number(float, 0, 1e6))
 SWITCH = dict(action=argparse.BooleanOptionalAction)
 PRESET = dict(choices=("shapes", "cifar10"))
 PRECISION = dict(choices=("fp16", "bf16", "tf32", "fp32"))
@@ -74,15 +75,15 @@ SETTINGS = [
     ("lr", RATIO, 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0"),
     ("pretrain_lr", RATIO, 2e-3, 5e-4, "the same for the diffusion model"),
     ("ema", RATIO, 0.995, 0.9993, "decay of the averaged weights, for long runs 0.9999"),
-    ("dropout", RATIO, 0.0, 0.2, "one mask for both passes of an iteration"),
+    ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "one mask for both passes of an iteration"),
     ("width", COUNT, 32, 128, "channels of the network"),
     ("T", dict(COUNT, nargs=2), [8, 64], [64, 1280], "mct, mcd: teacher steps, from, to"),
-    ("huber_eps", REAL, 0.1, 1e-4, "mct, mcd: 1e-4: a norm, for long runs; 1: squares"),
+    ("huber_eps", SIZE, 0.1, 1e-4, "mct, mcd: 1e-4: a norm, for long runs; 1: squares"),
     ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: a stage divides t - r"),
-    ("double_every", NATURAL, 350, 0, "ect: iterations in a stage; 0: all"),
+    ("stages", COUNT, 3, 1, "ect: stages of the curriculum, of equal length"),
     ("p_mean", REAL, 0.0, -1.1, "ect: mean of ln t"),
-    ("p_std", REAL, 2.5, 2.0, "ect: standard deviation of ln t"),
-    ("c", REAL, 50.0, 0.0, "ect: c of the norm, on the scale of a whole image"),
+    ("p_std", SIZE, 2.5, 2.0, "ect: standard deviation of ln t"),
+    ("c", SIZE, 50.0, 0.0, "ect: c of the norm, on the scale of a whole image"),
     ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
     ("precision", PRECISION, "fp32", "fp16", "of the network; bf16 is too coarse for ECT"),
     ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
@@ -94,7 +95,7 @@ SETTINGS = [
 ]
 
 # What may change when a run goes on.
-MAY_CHANGE = ("out", "init", "precision", "compile", "features", "fd_samples", "save_every")
+MAY_CHANGE = ("out", "precision", "compile", "features", "fd_samples", "save_every")
 
 # The networks of the presets. The small one works on patches of 2x2 pixels, the other is EDM's.
 NETS = {"shapes": dict(mult=(1, 2, 2), blocks=1, attention=(), patch=2), "cifar10": {}}
@@ -106,13 +107,27 @@ def read_settings(parser, arguments):
                             help=f"{text} (shapes: {shapes}, cifar10: {cifar10})")
     given = vars(parser.parse_args(arguments))
 
+    # A choice of data is a choice of preset: the shapes' settings suit small runs.
+    preset = given.get("preset")
+    if preset is None and "data" in given:
+        preset = "shapes"
+    if preset is None:
+        preset = choose_preset()
+
     # What is not given is the preset's. Its diffusion model fits only its own data and network.
-    preset = given.get("preset") or choose_preset()
-    column = 2 if preset == "shapes" else 3
-    settings = {row[0]: row[column] for row in SETTINGS}
-    if given.get("data") or given.get("width") or given.get("classes"):
-        settings["init"] = "none"
+    settings = {}
+    for name, how, shapes, cifar10, text in SETTINGS:
+        settings[name] = shapes
+        if preset == "cifar10":
+            settings[name] = cifar10
+    for name in ("data", "width", "classes"):
+        if given.get(name, settings[name]) != settings[name]:
+            settings["init"] = "none"
     settings = SimpleNamespace(**{**settings, **given})
+
+    # What does not go together.
+    if settings.width not in (8, 16) and settings.width % 32:
+        raise InputError("--width: 8, 16 or a multiple of 32, which groups of channels divide")
     if settings.segmented and (settings.method != "ect" or len(settings.steps) > 1):
         raise InputError("--segmented: needs --method ect and a single number of --steps")
     if settings.batch % WORLD:
@@ -138,7 +153,7 @@ def choose_preset():
 def hash32(h):
     """Mixes the 32 bits of h (int64, any shape): each bit of the result depends on all of them."""
     for _ in range(2):
-        h = ((h >> 16) ^ h) * 0x45D9F3B & 0xFFFFFFFF        # the product stays below 2^63
+        h = (((h >> 16) ^ h) * 0x45D9F3B) % 2**32           # the product stays below 2^63
     return (h >> 16) ^ h
 
 def dropout(x, p, seed, layer):
@@ -327,7 +342,8 @@ class UNet(nn.Module):
         c_out = SIGMA_DATA * s * c_in
         c_noise = sigma.log() / 4                               # [B]
 
-        # Autocast here, so that each pass has its own cache of weights in half precision.
+        # Autocast here, once for each pass. Around both, it would keep the half-precision weights of
+        # the pass without gradient, and the second pass would have no gradient either.
         half = contextlib.nullcontext()
         if self.autocast is not None:
             half = torch.autocast(x.device.type, self.autocast)
@@ -369,7 +385,7 @@ def shapes(n=20_000, size=32):
     return torch.cat(images).round().byte(), labels, ["disc", "square", "triangle"]
 
 def load_data(settings):
-    """--data -> images, labels, class_names (empty without --classes) and a name of its own."""
+    """--data -> images, labels, class_names (empty without --classes), a name of its own."""
     if settings.data == "shapes":
         images, labels, class_names = shapes()
     else:
@@ -379,10 +395,12 @@ def load_data(settings):
         raise InputError(f"--data {settings.data}: needs 8 square images, of 16, 32, ... pixels")
     if settings.classes and not class_names:
         raise InputError(f"--classes: {settings.data} has no classes, leave it out")
-    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-    return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE),
-                           class_names=class_names if settings.classes else [],
-                           name=f"{Path(settings.data).name}-{digest[:6]}")
+    name = settings.data
+    if name not in ("shapes", "cifar10"):       # two folders can have one name, but not one hash
+        pixels, numbers = images.numpy().tobytes(), labels.numpy().tobytes()
+        name = f"{Path(name).name}-{hashlib.sha256(pixels + numbers).hexdigest()[:6]}"
+    return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), name=name,
+                           class_names=class_names if settings.classes else [])
 
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
 # EDM's and ECT's files are pickles: programs that import names and call them. Ours imports nothing.
@@ -456,7 +474,7 @@ def draw(data, settings, phase, step):
              "eps": torch.randn(batch, *data.images.shape[1:], **chance),
              "seed": torch.randint(2**32, (batch,), **chance)}      # of the dropout masks
     if data.class_names:
-        # One in ten is trained without its label, so that a teacher can be guided.
+        # One in ten is trained without its label. Guidance needs a model that can do without.
         kept = torch.rand(batch, 1, **chance) > 0.1
         labels = F.one_hot(data.labels[index], len(data.class_names))
         drawn["labels"] = labels * kept.float()
@@ -494,7 +512,7 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
         D = mcm.conditioned(net, N, labels=labels, seed=seed)
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
     f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
-    guide = None                # the data itself leads
+    guide = None                # the data itself leads from t to s
     if settings.method == "mcd":
         guide = mcm.make_f(teacher, labels=labels)
     return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=guide,
@@ -521,7 +539,8 @@ def train(net, teacher, data, settings, phase):
     parts = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
     first = 0
     if (out / "latest.pt").exists():
-        saved = torch.load(out / "latest.pt", map_location=DEVICE, weights_only=True)
+        # On the CPU: load_state_dict moves what belongs on the GPU. RAdam's step does not.
+        saved = torch.load(out / "latest.pt", map_location="cpu", weights_only=True)
         if saved["phase"] == phase:
             first = saved["step"]
             for name, part in parts.items():
@@ -540,7 +559,7 @@ def train(net, teacher, data, settings, phase):
         # Draw the batch, and take this process's share of it.
         drawn = draw(data, settings, phase, step)
         share = {name: values.chunk(WORLD)[RANK] for name, values in drawn.items()}
-        stage = torch.full((), ect.stage_at(step, settings.double_every), device=DEVICE)
+        stage = torch.full((), ect.stage_at(step, iters, settings.stages), device=DEVICE)
 
         # Forward and backward. The gradients of all processes are added up.
         loss = loss_of(net, teacher, settings, phase, stage, **share).mean() / WORLD
@@ -565,10 +584,11 @@ def train(net, teacher, data, settings, phase):
         # The first iteration compiles. Say how long that took, and do not count it.
         done = step + 1
         if settings.compile and step == first:
-            say(f"loss {loss.item():.5f}, compiled in {time.time() - clock:.0f} s")
+            losses[0].item()                    # waits for the device
+            say(f"compiled in {time.time() - clock:.0f} s")
             losses, clock = [], time.time()
 
-        # Log. Only here and in the next block does the host wait for the device.
+        # Log. The host waits for the device here, when it saves and, in fp16, in scaler.step.
         elif done % 100 == 0 or done == iters:
             loss = torch.stack(losses).mean()
             if WORLD > 1:
@@ -593,7 +613,7 @@ def train(net, teacher, data, settings, phase):
             if RANK == 0:
                 save_checkpoint("latest.pt", data, settings, phase, step=done, **parts)
                 how = how_to_sample(settings, phase)
-                grid = samples(ema, how["sampler"], how["steps"][-1], 32, data, settings)
+                grid = samples(ema, how["sampler"], max(how["steps"]), 32, data, settings)
                 with atomic(out / f"samples-{phase}-{done:06d}.png") as part:
                     sample.save_grid(grid, part, columns=8)
         if asked_to_stop:
@@ -619,7 +639,7 @@ def samples(net, sampler, steps, n, data, settings):
     for numbers in torch.arange(n).split(125):
         labels = None
         if data.class_names:
-            rows = numbers * 7919 % len(data.labels)            # all over the data set
+            rows = (numbers * 7919) % len(data.labels)          # a prime: all over the data
             labels = F.one_hot(data.labels[rows], len(data.class_names)).float()
         x = sample.generate(net, sampler, steps, numbers.tolist(), settings.seed, labels)
         images.append(sample.to_uint8(x).cpu())
@@ -702,7 +722,8 @@ def main(arguments=None):
         save_checkpoint("diffusion.pt", data, settings, "pretrain", ema=diffusion)
 
     # Tune a copy. Its embedding of the segment is zero at first and changes nothing.
-    segments = sum(range(1, max(settings.steps) + 1))
+    most = max(settings.steps)
+    segments = most * (most + 1) // 2           # rows of mcm.segment's table, for N = 1 ... most
     net = UNet(**dict(diffusion.arguments, dropout=settings.dropout, segments=segments))
     net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
     tuned = train(net, diffusion, data, settings, "tune")
@@ -739,7 +760,7 @@ def load_checkpoint(path):
         state = torch.load(path, map_location=DEVICE, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError):
         state = {}
-    if "sampler" not in state:
+    if not isinstance(state, dict) or "sampler" not in state:
         raise InputError(f"{path}: damaged, or not a checkpoint of this version")
     net = UNet(**state["arguments"]).to(DEVICE)
     net.load_state_dict(state["ema"])
@@ -754,12 +775,13 @@ def open_run(settings, data):
     begun = out / "settings.json"
 
     # The same command goes on with the run. Any other must not mix with it.
-    if begun.exists():
+    if (out / "latest.pt").exists() or (out / "diffusion.pt").exists():
         for name, before in json.loads(begun.read_text()).items():
             now = getattr(settings, name)
             if now != before and name not in MAY_CHANGE:
                 option = name.replace("_", "-")
-                raise InputError(f"--{option}: {out} was begun with {before}, not with {now}")
+                raise InputError(f"--{option}: {out} was begun with {before}, not with {now}; give "
+                                 "another --out, or delete that folder")
     diffusion = load_init(out / "diffusion.pt", settings.init, data)
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
