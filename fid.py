@@ -53,10 +53,10 @@ def download(url, sha256, folder=None):
 def resize_tf1(images):
     """[N, C, H, W] in 0..255 -> float32 [N, C, 299, 299], as TensorFlow 1 resizes.
 
-    TensorFlow 1 reads at i * size / 299: no half-pixel offset, no reading beyond the last pixel. Pad
-    the input by one pixel at the right and the bottom, and resize to 300: align_corners then reads
-    at i * (size + 1 - 1) / (300 - 1). The last row and column are dropped. In float64, because
-    float32 rounds these positions.
+    TensorFlow 1 reads at i * size / 299: no half-pixel offset, no reading beyond the last pixel.
+    Pad the input by one pixel at the right and the bottom, and resize to 300: align_corners then
+    reads at i * (size + 1 - 1) / (300 - 1). The last row and column are dropped. In float64,
+    because float32 rounds these positions.
     """
     padded = F.pad(images.double(), (0, 1, 0, 1), mode="replicate")
     larger = F.interpolate(padded, size=(300, 300), mode="bilinear", align_corners=True)
@@ -67,6 +67,7 @@ def resize_tf1(images):
 # BatchNorm's eps is 1e-3 in both; PyTorch's usual 1e-5 would move features by 0.7.
 AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
+# Below, the forward passes of the three blocks that have such a branch, spelled out.
 class BlockA(inception.InceptionA):
     def forward(self, x):  # [N, C, 35, 35] -> [N, 256 or 288, 35, 35]
         five = self.branch5x5_2(self.branch5x5_1(x))
@@ -105,7 +106,8 @@ class InceptionFID(inception.Inception3):
         self.eval()
 
     def forward(self, images):
-        x = (resize_tf1(images) - 128) / 128            # v / 127.5 - 1 would move features by 0.2
+        # TensorFlow's graph normalises by 128. With v / 127.5 - 1, features would move by 0.2.
+        x = (resize_tf1(images) - 128) / 128
         for part in list(self.children())[:-1]:         # without fc, which only keeps its keys
             x = part(x)
         return x.flatten(1)
@@ -128,8 +130,10 @@ def random_features(images):
     """
     x = images.float() / 127.5 - 1
     rng = np.random.default_rng(2)
-    features = [F.adaptive_avg_pool2d(x, 2).flatten(1)]                 # means of the quarters
-    for scale, weight in ((1, 24), (2, 8)):                             # full size, half size
+
+    # The mean colours of the four quarters, then log energies at full and at half size.
+    features = [F.adaptive_avg_pool2d(x, 2).flatten(1)]
+    for scale, weight in ((1, 24), (2, 8)):
         y = F.avg_pool2d(x, scale)
         for layer in range(2):
             channels = y.shape[1]
@@ -194,15 +198,18 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     With cov1 = R R^T, the last trace is that of (R^T cov2 R)^(1/2). This matrix is symmetric, so
     the trace is the sum of the roots of its eigenvalues, and no matrix root can fail.
     """
+    # In float64, since the distance is a small difference of large traces.
     given = [torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2)]
     mean1, cov1, mean2, cov2 = given
     if len(mean1) != len(mean2):
         raise InputError(f"features of {len(mean1)} and of {len(mean2)} dimensions do not compare")
     if not (mean1 - mean2 + cov1 + cov2).isfinite().all():
         raise InputError("no distance: a covariance needs two images or more, the floor four")
+
+    # R from the eigenvalues of cov1. For n <= d some are 0, and arrive as rounding.
     values, vectors = torch.linalg.eigh(cov1)
-    values = values.where(values > 1e-12 * values[-1], 0)   # for n <= d zeros arrive as rounding
-    root = vectors * values.sqrt()                          # R
+    values = values.where(values > 1e-12 * values[-1], 0)
+    root = vectors * values.sqrt()
     shared = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * shared
     return distance.clamp(min=0).item()
@@ -253,7 +260,10 @@ def load_statistics(path, extractor, size):
 # ---- Images: uint8 [n, 3, H, W], labels int64 [n] and the names of the classes -------------------
 
 def read_images(source):
-    """A folder, a .zip, an .npz or "cifar10" -> images, labels, class names. All in memory."""
+    """A folder, a .zip, an .npz or "cifar10" -> images, labels, class names. All in memory.
+
+    A label that no image has is no class. InputError for what cannot be read, with its name.
+    """
     path = Path(source)
     if source == "cifar10":
         try:
@@ -328,6 +338,7 @@ def main(arguments=None):
     parser.add_argument("--n", type=int, default=50_000, help="how many images of a are used")
     args = parser.parse_args(arguments)
     try:
+        # What can be missing is opened first. Of a, n images are drawn, always the same.
         images = shuffled(read_images(args.a)[0])[:max(args.n, 0)]
         extractor = Extractor(args.features, "cuda" if torch.cuda.is_available() else "cpu")
         floor = float("nan")
@@ -340,6 +351,8 @@ def main(arguments=None):
             floor = floor_of(real, extractor, len(images))
             statistics = statistics_of(real, extractor)
             mean, cov = statistics.mean, statistics.cov
+
+        # Only now the images to judge.
         made = statistics_of(images, extractor)
         distance = frechet_distance(made.mean, made.cov, mean, cov)
     except (InputError, OSError) as error:

@@ -49,49 +49,56 @@ def number(kind, low, high):
         return kind(text)
     return numeric
 
+# How argparse reads a setting.
 COUNT = dict(type=number(int, 1, 10**9))
 NATURAL = dict(type=number(int, 0, 2**32))
 RATIO = dict(type=number(float, 0, 1))
 REAL = dict(type=number(float, -1e6, 1e6))
 SIZE = dict(type=number(float, 0, 1e6))
 SWITCH = dict(action=argparse.BooleanOptionalAction)
-PRESET = dict(choices=("shapes", "cifar10"))
-PRECISION = dict(choices=("fp16", "bf16", "tf32", "fp32"))
+TEXT = {}
 
 # Two presets, named after what they do. "cifar10" has the papers' settings: ECT's hour, and T and
 # huber_eps of MCM. "shapes" is small and short. Errors add up along the chain of references, so a
 # short run has few teacher steps, few stages and a nearly squared error.
 SETTINGS = [
-    # name, how argparse reads it ({}: text), preset shapes, preset cifar10, what it is
-    ("preset", PRESET, "shapes", "cifar10", "default: cifar10 on a GPU, if it can be had"),
-    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one for all"),
-    ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
-    ("data", {}, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
-    ("init", {}, "shapes", "edm", "none: train one; or a .pkl of EDM, ECT, or our .pt"),
+    # name, how it is read, preset shapes, preset cifar10, what it is
+    # What is done.
+    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "all that is not given"),
+    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one network for all"),
+    ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, or ECT"),
+    ("data", TEXT, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
+    ("init", TEXT, "shapes", "edm", "a .pkl of EDM or ECT, or our .pt; none: train one first"),
     ("classes", SWITCH, False, False, "give the network the class labels"),
+    ("out", TEXT, None, None, "folder of the run; default: runs/DATA-METHOD-STEPS"),
+    # The optimizer. For longer runs, ema nearer to 1.
     ("iters", COUNT, 1000, 8_000, "iterations of tuning"),
     ("pretrain_iters", COUNT, 2500, 100_000, "iterations of training a diffusion model"),
     ("batch", COUNT, 32, 128, "images in an iteration, of all processes"),
     ("lr", RATIO, 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0"),
     ("pretrain_lr", RATIO, 2e-3, 5e-4, "the same for the diffusion model"),
-    ("ema", RATIO, 0.995, 0.9993, "decay of the averaged weights, for long runs 0.9999"),
-    ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "one mask for both passes of an iteration"),
-    ("width", COUNT, 32, 128, "channels of the network"),
-    ("T", dict(COUNT, nargs=2), [8, 64], [64, 1280], "mct, mcd: teacher steps, from, to"),
-    ("huber_eps", SIZE, 0.1, 1e-4, "mct, mcd: 1e-4: a norm, for long runs; 1: squares"),
-    ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: a stage divides t - r"),
+    ("ema", RATIO, 0.995, 0.9993, "decay of the averaged weights"),
+    # The network. Both passes of an iteration share a dropout mask.
+    ("width", COUNT, 32, 128, "channels"),
+    ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in the tuned network"),
+    # MCM. huber_eps 1e-4 is a norm, as in the paper and for long runs; 1 is a squared error.
+    ("T", dict(COUNT, nargs=2), [8, 64], [64, 1280], "mct, mcd: teacher steps, first and last"),
+    ("huber_eps", SIZE, 0.1, 1e-4, "mct, mcd: of the pseudo-Huber norm"),
+    # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
+    ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
     ("stages", COUNT, 3, 1, "ect: stages of the curriculum, of equal length"),
     ("p_mean", REAL, 0.0, -1.1, "ect: mean of ln t"),
     ("p_std", SIZE, 2.5, 2.0, "ect: standard deviation of ln t"),
-    ("c", SIZE, 50.0, 0.0, "ect: c of the norm, on the scale of a whole image"),
+    ("c", SIZE, 50.0, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
     ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
-    ("precision", PRECISION, "fp32", "fp16", "of the network; bf16 is too coarse for ECT"),
+    # The machine. Gradients of bf16 are too coarse where t - r is small.
+    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "of the network"),
     ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
-    ("features", {}, "random", "inception", "of the distance; or a TorchScript file"),
-    ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "samples to measure"),
     ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
     ("seed", NATURAL, 0, 0, "of all that is random"),
-    ("out", {}, None, None, "folder of the run; default: runs/DATA-METHOD-STEPS"),
+    # The measurement.
+    ("features", TEXT, "random", "inception", "or a TorchScript file"),
+    ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "samples for the distance"),
 ]
 
 # What may change when a run goes on.
@@ -151,7 +158,10 @@ def choose_preset():
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
 
 def hash32(h):
-    """Mixes the 32 bits of h (int64, any shape): each bit of the result depends on all of them."""
+    """Mixes the 32 bits of h, int64 of any shape: each bit of the result depends on all of them.
+
+    A known integer hash: twice xor with its upper half and times a constant, and a last xor.
+    """
     for _ in range(2):
         h = (((h >> 16) ^ h) * 0x45D9F3B) % 2**32           # the product stays below 2^63
     return (h >> 16) ^ h
@@ -163,11 +173,13 @@ def dropout(x, p, seed, layer):
     process or eight. A saved and restored state of a random generator does not survive CUDA graphs.
     """
     element = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])     # [C, H, W]
+    # 0x9E3779B1 is 2^32 over the golden ratio. It keeps the seeds of the layers far apart.
     start = hash32((seed + 0x9E3779B1 * layer) % 2**32).view(-1, 1, 1, 1)       # [B, 1, 1, 1]
     keep = hash32((start + element) % 2**32) >= int(p * 2**32)                  # [B, C, H, W]
     return x * keep / (1 - p)
 
 def group_norm(channels):
+    """With at least 4 channels in a group, and at most 32 groups."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 def conv(c_in, c_out, kernel):
@@ -200,13 +212,17 @@ class Block(nn.Module):
             self.proj = conv(c_out, c_out, 1)
 
     def forward(self, x, emb, seed):
+        # Two convolutions. What the embedding says is added in between, equally for all pixels.
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
         if self.training and self.p > 0:
             h = dropout(h, self.p, seed, self.layer)
+
+        # Plus the way around them. The factor keeps the variance of a sum of two.
         x = (self.conv1(h) + self.skip(self.resample(x))) * 0.5**0.5
         if self.attention:
-            # One head. The published channels are interleaved: q, k, v of channel 0, of 1, ...
+            # Attention of all pixels to all, with one head, and again a sum. In the published
+            # weights the channels are interleaved: q, k, v of channel 0, of channel 1, ...
             qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))
             q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()   # each [B, 1, H W, C]
             a = F.scaled_dot_product_attention(q, k, v)
@@ -224,6 +240,8 @@ class DDPMpp(nn.Module):
         super().__init__()
         self.patch, self.classes = patch, classes
         c_emb = 4 * width
+
+        # The ways into the embedding: noise level, label, EDM's augmentation, segment.
         frequencies = (1 / 10000) ** (torch.arange(width // 2).float() / (width // 2 - 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
         if classes:
@@ -336,14 +354,16 @@ class UNet(nn.Module):
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         if seed is None:
             seed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+        # EDM, table 1. Input, output and target of the raw network have variance 1 at every sigma.
         s = mcm.per_sample(sigma, x)                            # [B, 1, 1, 1]
         c_in = (s**2 + SIGMA_DATA**2).rsqrt()
         c_skip = SIGMA_DATA**2 * c_in**2
         c_out = SIGMA_DATA * s * c_in
         c_noise = sigma.log() / 4                               # [B]
 
-        # Autocast here, once for each pass. Around both, it would keep the half-precision weights of
-        # the pass without gradient, and the second pass would have no gradient either.
+        # Autocast here, once for each pass. Around both, it would keep the half-precision weights
+        # of the pass without gradient, and the second pass would have no gradient either.
         half = contextlib.nullcontext()
         if self.autocast is not None:
             half = torch.autocast(x.device.type, self.autocast)
@@ -469,15 +489,18 @@ def draw(data, settings, phase, step):
     seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1
     chance = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
 
+    # Images, noise and the seeds of the dropout masks.
     index = torch.randint(len(data.images), (batch,), **chance)
     drawn = {"x": data.images[index],
              "eps": torch.randn(batch, *data.images.shape[1:], **chance),
-             "seed": torch.randint(2**32, (batch,), **chance)}      # of the dropout masks
+             "seed": torch.randint(2**32, (batch,), **chance)}
     if data.class_names:
         # One in ten is trained without its label. Guidance needs a model that can do without.
         kept = torch.rand(batch, 1, **chance) > 0.1
         labels = F.one_hot(data.labels[index], len(data.class_names))
         drawn["labels"] = labels * kept.float()
+
+    # Times: cosine's t, ECT's t, or those of MCM's Algorithm 1 for an N of --steps.
     if phase == "pretrain":
         drawn["t"] = torch.rand(batch, **chance)
     elif settings.method == "ect":
@@ -505,12 +528,15 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
         x_hat = mcm.make_f(net, labels=labels, seed=seed)(z_t, t)
         return mcm.v_loss(x_hat, x, z_t, t, huber_eps=1.0)
     if settings.method == "ect":
-        N, edges = 1, None                              # one segment, from 80 down to 0
+        # The paper's ECT is a single segment, from 80 down to 0.
+        N, edges = 1, None
         if settings.segmented:
             N = settings.steps[0]
             edges = ect.segment_edges(N, x.device)
         D = mcm.conditioned(net, N, labels=labels, seed=seed)
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
+
+    # MCM: training, or distillation of the diffusion model.
     f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
     guide = None                # the data itself leads from t to s
     if settings.method == "mcd":
@@ -646,7 +672,10 @@ def samples(net, sampler, steps, n, data, settings):
     return torch.cat(images)
 
 def report(diffusion, tuned, data, settings, extractor):
-    """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png."""
+    """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png.
+
+    The distances are from the whole data set. The floor is that of n real images from n others.
+    """
     out = Path(settings.out)
     n = settings.fd_samples
     real = data.images.cpu()
@@ -767,7 +796,11 @@ def load_checkpoint(path):
     return net.eval(), state
 
 def open_run(settings, data):
-    """Opens the folder of the run -> its diffusion model, or None if it has to be trained."""
+    """Opens the folder of the run -> its diffusion model, or None if it has to be trained.
+
+    settings.out and settings.data become the folder and the name of the data. InputError if the
+    folder holds a run of other settings or data.
+    """
     steps = "-".join(map(str, settings.steps))
     settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
     settings.data = data.name
@@ -791,6 +824,7 @@ def open_run(settings, data):
 
 def load_init(own, init, data):
     """The run's own diffusion model or, in a new run, that of --init; None: to be trained."""
+    # Which file?
     if own.exists():
         init = own
     elif init == "none":
@@ -800,6 +834,8 @@ def load_init(own, init, data):
     elif init == "edm":
         init = fid.download(*EDM)
         say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what they lead to")
+
+    # What is in it, and does it fit the data?
     if Path(init).suffix == ".pkl":
         weights, arguments = load_edm(init)
         net = UNet(**arguments)
