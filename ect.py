@@ -5,7 +5,7 @@ start from a pretrained one, and move r towards t as training goes on. What chan
 
                   MCM                                   ECT
     times         a grid of T steps in [0, 1]           t log-normal, r a function of t and stage
-    loss          root mean square of a difference in v the norm of a difference in x, over t - r
+    loss          RMS of a difference in v              norm of a difference in x, over t - r
     schedule      mcm.cosine                            mcm.edm: z_t = x + t eps, and f is D
     sampler       DDIM from edge to edge                fresh noise between steps, sample.renoise
 
@@ -25,7 +25,7 @@ import mcm
 # constant 1e-4, batch 128, dropout 0.2, c = 0, no flips. Their 2-step FIDs stand at the right.
 #   8,000 iterations      q = 256, one stage                     ema 0.9993   2.73 (one A100 hour)
 #   200,000 iterations    q = 2, a stage in 25,000 iterations    ema 0.9999   2.15
-# The first is the preset "cifar10" of train_cifar.py.
+# train_cifar.py --preset cifar10 --method ect is the first, but its learning rate falls to 0.
 
 MID_SIGMA = 0.821       # the start of their second step: 80 -> x, then x + 0.821 eps -> x
 
@@ -41,7 +41,7 @@ def relative_gap(t, stage, q=2, k=8, b=1):
     """(t - r) / t = n(t) / q^(stage + 1), at most 1, with n(t) = 1 + k sigmoid(-b t) -> like t.
 
     The functions below start from this, because the difference t - r cancels: for q = 256 in
-    float32 it is up to 60% off at stage 2, and 0 at stage 3. float(q): 256^8 overflows an integer.
+    float32 it is up to 60% off at stage 2, and 0 at stage 3. float(q): 256^8 overflows an int64.
     """
     n = 1 + k * torch.sigmoid(-b * t)
     return (n / float(q) ** (stage + 1)).clamp(max=1)
@@ -83,8 +83,8 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
 
     # (4) The two guesses are compared where they land at the edge: x_hat + edge / t (z_t - x_hat).
     #     There they differ by (1 - edge / t) times their difference in x. With edge 0, that is 1.
-    #     Just above an inner edge r stops at it, and the difference in x does not shrink with
-    #     t - r: without the factor, the loss would have an infinite mean.
+    #     Just above an inner edge, r = edge and the target is x. The error D - x stays finite, but
+    #     is divided by t - edge, whose inverse has an infinite integral. The factor cancels it.
     difference = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.

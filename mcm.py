@@ -4,13 +4,14 @@ A diffusion model guesses the average clean image, so its sampler must take many
 consistency model guesses where that sampler would end. One step is then enough, but such a model
 is hard to learn. Between the two lies a dial: cut time into N segments, and let the model guess
 only where the sampler would leave the current segment. N = 1 is a consistency model, N = infinity
-is a diffusion model, and 2 to 8 steps recover most of the quality.
+is a diffusion model, and 2 to 8 steps recover most of the quality. (What f returns is still an x:
+the one with which a DDIM jump from z_t lands there. For N > 1 it need not be an image.)
 
     t = 0               1/2             1
         |---+---+---+---|---+---+---+---|       N = 2 segments, n = 4 teacher steps in each, T = 8
     image            t_step     s   t   noise
                                 <---            one teacher step (DDIM or aDDIM) from z_t to z_s
-                        <-------                the reference's jump from z_s
+                        <-------                the jump of f itself from z_s, the reference
                         <-----------            the jump from z_t that f learns, to the same place
 
 Symbols (B: samples in a batch; "...": any shape, such as C, H, W):
@@ -23,13 +24,13 @@ Symbols (B: samples in a batch; "...": any shape, such as C, H, W):
     t, s           t, r           t, s   (t, r) [B]             a time, and an earlier one, s < t
     t_step         0              t_step        [B]             lower edge of t's segment, <= s
     student_steps  1              N             int, [B]        segments, and sampling steps
-    T(i)           -              T             float           teacher steps in all of [0, 1]
+    T(i)           -              T             float           teacher steps in all of [0, 1], n N
     T / N          -              n             [] or [B]       teacher steps in each segment
     step           -              step          [B]             which segment, 0 .. N - 1
     n_rel          -              n_rel         [B]             which teacher step in it, 1 .. n
-    f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     the network's guess of x, x_hat
-    -              D(x; sigma)    D(x, sigma)   -> [B, ...]     the same guess from x0 + sigma eps
-    x_teacher      -              x_teacher     [B, ...]        the guess that leads from t to s
+    f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     the x that DDIM jumps with, x_hat
+    -              D(x; sigma)    D(x, sigma)   -> [B, ...]     the same, from x0 + sigma eps
+    x_teacher      -              x_teacher     [B, ...]        the x that DDIM steps with to s
     x_var          -              x_var         [B]             variance that this guess lacks
     x_ref          f(x_r, r)      x_ref         [B, ...]        f's guess at s, without gradient
 
@@ -66,7 +67,8 @@ def edm(t):
 def alpha_sigma(schedule, t, x):
     """alpha and sigma at t, a number or [B], as [1 or B, 1, ...] to broadcast against x [B, ...].
 
-    In float32 or better, also where x is bfloat16: sigma / alpha at t = 1 would be 62, not 80.
+    A number t becomes float32 or better, also where x is bfloat16. There sigma / alpha at t = 1
+    would be 62, not 80.
     """
     if not torch.is_tensor(t):
         t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -158,8 +160,8 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     huber_eps       see v_loss.
     In training, N = 1 is the loss of a consistency model and T = N that of a diffusion model.
     f is called at s without gradient, then at t with. Autocast belongs inside f, and dropout in f
-    should have one mask for both calls. draw_times gives cosine's times: for mcm.edm, give the
-    sigma / alpha of each.
+    should have one mask for both calls. draw_times gives cosine's times. With schedule=mcm.edm,
+    give the sigma / alpha of cosine(t) in place of t, and the same for s and t_step.
     """
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
@@ -203,11 +205,10 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
 def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """The pseudo-Huber distance of two guesses of x [B, ...], measured in v-space -> [B].
 
-    For a given z_t and alpha^2 + sigma^2 = 1, a difference in v = alpha eps - sigma x is 1 / sigma
-    times one in x, which is the paper's weight, |dv|^2 = (SNR + 1) |dx|^2. The factor
-    sqrt(alpha^2 + sigma^2) makes the loss the same for all schedules of equal sigma / alpha.
-    We take the mean over elements where the paper takes the sum: then huber_eps is an error per
-    element, for images of any size.
+    With eps = (z_t - alpha x) / sigma and alpha^2 + sigma^2 = 1, v = alpha eps - sigma x is
+    (alpha z_t - x) / sigma. So dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2.
+    The factor sqrt(alpha^2 + sigma^2) makes the loss the same for every schedule.
+    We take the mean over elements where the paper takes the sum: huber_eps is an error per element.
     """
     alpha, sigma = alpha_sigma(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma

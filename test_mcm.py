@@ -754,7 +754,7 @@ def test_what_sample_asks_for(folder, monkeypatch, capsys):
 def test_what_an_iteration_draws(folder):
     """New noise each time, one in ten without its label, T from 8 to 64 in half of the run."""
     settings = train_cifar.read_settings(argparse.ArgumentParser(), (TINY + "--classes").split())
-    settings.batch, settings.steps = 9000, [1, 4]
+    settings.batch, settings.steps, settings.T = 9000, [1, 4], [8, 64]
     data, draws = train_cifar.load_data(settings), []
     for phase, step, T in (("pretrain", 0, None), ("pretrain", 1, None), ("tune", 0, 8),
                            ("tune", 3, 64)):

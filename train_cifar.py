@@ -58,9 +58,10 @@ SIZE = dict(type=number(float, 0, 1e6))
 SWITCH = dict(action=argparse.BooleanOptionalAction)
 TEXT = {}
 
-# Two presets, named after what they do. "cifar10" has the papers' settings: ECT's hour, and T and
-# huber_eps of MCM. "shapes" is small and short. Errors add up along the chain of references, so a
-# short run has few teacher steps, few stages and a nearly squared error.
+# Two presets, named after their data. "cifar10" has the papers' settings: those of ECT's A100 hour,
+# with T and huber_eps of MCM. "shapes" is small and short. The target at t comes from f at s, that
+# one from f further down, and so on. Errors add up on this way, so a short run takes fewer steps
+# and stages, and a nearly squared error, which a few iterations learn better than a norm.
 SETTINGS = [
     # name, how it is read, preset shapes, preset cifar10, what it is
     # What is done.
@@ -68,7 +69,7 @@ SETTINGS = [
     ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one network for all"),
     ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, or ECT"),
     ("data", TEXT, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
-    ("init", TEXT, "shapes", "edm", "a .pkl of EDM or ECT, or our .pt; none: train one first"),
+    ("init", TEXT, "shapes", "edm", "diffusion model: EDM's .pkl, our .pt; none: train it first"),
     ("classes", SWITCH, False, False, "give the network the class labels"),
     ("out", TEXT, None, None, "folder of the run; default: runs/DATA-METHOD-STEPS"),
     # The optimizer. For longer runs, ema nearer to 1.
@@ -78,11 +79,11 @@ SETTINGS = [
     ("lr", RATIO, 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0"),
     ("pretrain_lr", RATIO, 2e-3, 5e-4, "the same for the diffusion model"),
     ("ema", RATIO, 0.995, 0.9993, "decay of the averaged weights"),
-    # The network. Both passes of an iteration share a dropout mask.
+    # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     ("width", COUNT, 32, 128, "channels"),
-    ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in the tuned network"),
-    # MCM. huber_eps 1e-4 is a norm, as in the paper and for long runs; 1 is a squared error.
-    ("T", dict(COUNT, nargs=2), [8, 64], [64, 1280], "mct, mcd: teacher steps, first and last"),
+    ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
+    # MCM. huber_eps 1e-4 is a norm, for long runs; 1 is nearly a squared error. See mcm.v_loss.
+    ("T", dict(COUNT, nargs=2), [8, 256], [64, 1280], "mct, mcd: teacher steps, first and last"),
     ("huber_eps", SIZE, 0.1, 1e-4, "mct, mcd: of the pseudo-Huber norm"),
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
@@ -114,7 +115,7 @@ def read_settings(parser, arguments):
                             help=f"{text} (shapes: {shapes}, cifar10: {cifar10})")
     given = vars(parser.parse_args(arguments))
 
-    # A choice of data is a choice of preset: the shapes' settings suit small runs.
+    # With --data but no --preset it is "shapes", on a GPU too: its settings suit small runs.
     preset = given.get("preset")
     if preset is None and "data" in given:
         preset = "shapes"
@@ -151,7 +152,7 @@ def choose_preset():
         fid.read_images("cifar10")
     except InputError as error:
         say(f"preset shapes (small images and network, a short run), because {error}")
-        say("for CIFAR-10: --preset cifar10 (minutes on a GPU, days on a laptop)")
+        say("for CIFAR-10: --preset cifar10 (an hour on a GPU, days on a laptop)")
         return "shapes"
     return "cifar10"
 
@@ -232,7 +233,8 @@ class Block(nn.Module):
 class DDPMpp(nn.Module):
     """The raw network F(c_in x, c_noise). Its blocks are called {side}x{side}_{block}, as EDM's.
 
-    width, mult: channels of the levels. blocks: of each level. attention: sides that have it.
+    width, mult: channels of the levels. blocks: of each level. attention: sides that have it; the
+    first block of the decoder always has it.
     patch: works on patch x patch pixels at a time. segments: rows of an embedding, mcm.segment.
     """
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, classes=0, augment_dim=0, dropout=0.0,
@@ -333,8 +335,8 @@ SIGMA_DATA = 0.5        # standard deviation of images in [-1, 1], in EDM's prec
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning; `more`: DDPMpp's.
 
-    Unlike ECT's, it is the same in train() and eval(). Another network for this file needs the
-    same forward, and .arguments and .image_shape.
+    The preconditioning is the same in train() and eval(), unlike ECT's. Another network for this
+    file needs the same forward, and .arguments and .image_shape.
     """
     autocast = None     # the dtype that all raw networks compute in; None: float32
 
@@ -362,8 +364,8 @@ class UNet(nn.Module):
         c_out = SIGMA_DATA * s * c_in
         c_noise = sigma.log() / 4                               # [B]
 
-        # Autocast here, once for each pass. Around both, it would keep the half-precision weights
-        # of the pass without gradient, and the second pass would have no gradient either.
+        # One autocast for each pass. A single one around both would reuse, in the second pass, the
+        # half-precision weights of the first, which have no gradient.
         half = contextlib.nullcontext()
         if self.autocast is not None:
             half = torch.autocast(x.device.type, self.autocast)
@@ -431,14 +433,18 @@ EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond
        "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da")
 
 class Inert(nn.Module):
-    """Stands for an object of any class. Its state_dict() is that of the module it stands for."""
+    """Stands for an object of any class. Its state_dict() is that of the module it stands for.
+
+    EDM's classes arrive as calls of _reconstruct_persistent_obj, with a dict of their state and
+    source code. The state is kept. The rest (getattr, numpy's scalars and types) is never read.
+    """
     def __init__(self, saved=None, *ignored):
         super().__init__()
-        if isinstance(saved, dict):                     # of an object that carries its source code
+        if isinstance(saved, dict):
             self.__setstate__(saved["state"])
 
     def __setstate__(self, state):
-        if isinstance(state, dict):                     # numpy's dtype has a tuple
+        if isinstance(state, dict):                     # that of a numpy type is a tuple
             super().__setstate__(state)
 
 def rebuild_tensor(storage, offset, size, stride, *ignored):
@@ -495,7 +501,7 @@ def draw(data, settings, phase, step):
              "eps": torch.randn(batch, *data.images.shape[1:], **chance),
              "seed": torch.randint(2**32, (batch,), **chance)}
     if data.class_names:
-        # One in ten is trained without its label. Guidance needs a model that can do without.
+        # One in ten is trained without its label, so that the model can be guided (mcm.guided).
         kept = torch.rand(batch, 1, **chance) > 0.1
         labels = F.one_hot(data.labels[index], len(data.class_names))
         drawn["labels"] = labels * kept.float()
@@ -508,7 +514,7 @@ def draw(data, settings, phase, step):
     else:
         which = torch.randint(len(settings.steps), (batch,), **chance)
         table = [torch.full((), N, device=device) for N in settings.steps]
-        N = torch.stack(table)[which]           # a list would have to come from the CPU
+        N = torch.stack(table)[which]           # torch.tensor(list) would wait for a copy
         T = mcm.teacher_steps(step, *settings.T, anneal=settings.iters / 2)
         t, s, t_step = mcm.draw_times(batch, N, T, **chance)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
@@ -522,7 +528,7 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
     """
     x = x.float() / 127.5 - 1
     if phase == "pretrain":
-        # A diffusion model: the limit T = N, where the target is the data. huber_eps = 1: a mean.
+        # A diffusion model: the limit T = N, where the target is x. Nearly a squared error.
         alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
         z_t = alpha * x + sigma * eps
         x_hat = mcm.make_f(net, labels=labels, seed=seed)(z_t, t)
@@ -565,7 +571,8 @@ def train(net, teacher, data, settings, phase):
     parts = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
     first = 0
     if (out / "latest.pt").exists():
-        # On the CPU: load_state_dict moves what belongs on the GPU. RAdam's step does not.
+        # Load to the CPU. load_state_dict then copies tensors to the GPU, all but RAdam's counter
+        # of steps, which has to stay on the CPU.
         saved = torch.load(out / "latest.pt", map_location="cpu", weights_only=True)
         if saved["phase"] == phase:
             first = saved["step"]
@@ -652,7 +659,10 @@ def train(net, teacher, data, settings, phase):
 # ---- What the tuning bought ----------------------------------------------------------------------
 
 def how_to_sample(settings, phase):
-    """What a checkpoint of this phase says about itself, see sample.generate."""
+    """What a checkpoint of this phase says about itself, see sample.generate.
+
+    "multistep" is DDIM with the segment told, "renoise" is ECT's, with fresh noise between steps.
+    """
     if phase == "pretrain":
         return dict(method="diffusion", sampler="heun", steps=[18])     # EDM's
     fresh_noise = settings.method == "ect" and not settings.segmented
@@ -798,8 +808,8 @@ def load_checkpoint(path):
 def open_run(settings, data):
     """Opens the folder of the run -> its diffusion model, or None if it has to be trained.
 
-    settings.out and settings.data become the folder and the name of the data. InputError if the
-    folder holds a run of other settings or data.
+    Sets settings.out to the folder and settings.data to the data's name. InputError if the folder
+    holds a run of other settings or data.
     """
     steps = "-".join(map(str, settings.steps))
     settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
