@@ -44,7 +44,7 @@ def download(url, sha256, folder=None):
             torch.hub.download_url_to_file(url, path, sha256, sys.stderr.isatty())
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise RuntimeError("truncated, or another file")
-    except (OSError, RuntimeError) as error:            # torch raises RuntimeError as well
+    except (OSError, RuntimeError) as error:            # RuntimeError is torch's
         raise InputError(f"{path} ({error}): put {url} there") from error
     return path
 
@@ -108,7 +108,7 @@ class InceptionFID(inception.Inception3):
     def forward(self, images):
         # TensorFlow's graph normalises by 128. With v / 127.5 - 1, features would move by 0.2.
         x = (resize_tf1(images) - 128) / 128
-        for part in list(self.children())[:-1]:         # without fc, which only keeps its keys
+        for part in list(self.children())[:-1]:         # without fc, there for its keys
             x = part(x)
         return x.flatten(1)
 
@@ -138,7 +138,7 @@ def random_features(images):
         for layer in range(2):
             channels = y.shape[1]
             filters = rng.standard_normal((12, channels, 3, 3)) / (9 * channels) ** 0.5
-            if scale == 1:                                              # blind to flat areas
+            if scale == 1:                          # blind to flat areas
                 filters -= filters.mean((2, 3), keepdims=True)
             y = F.conv2d(y, torch.from_numpy(filters).to(y)).abs()
         features.append(weight * (y.mean((2, 3)) + 0.02).log())
@@ -202,9 +202,9 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     given = [torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2)]
     mean1, cov1, mean2, cov2 = given
     if len(mean1) != len(mean2):
-        raise InputError(f"features of {len(mean1)} and of {len(mean2)} dimensions do not compare")
+        raise InputError(f"features have {len(mean1)} and {len(mean2)} dimensions")
     if not (mean1 - mean2 + cov1 + cov2).isfinite().all():
-        raise InputError("no distance: a covariance needs two images or more, the floor four")
+        raise InputError("no distance: give two images or more, and four real ones")
 
     # R from the eigenvalues of cov1. For n <= d some are 0, and arrive as rounding.
     values, vectors = torch.linalg.eigh(cov1)
@@ -252,9 +252,9 @@ def load_statistics(path, extractor, size):
     """-> mean, cov. Files of other tools do not say what made them."""
     saved = load_arrays(path)
     if saved.get("hash", extractor.hash) != extractor.hash:
-        raise InputError(f"{path} was made with {saved['features']}, not with {extractor.name}")
+        raise InputError(f"{path} is of {saved['features']}, not of {extractor.name}")
     if extractor.name != "inception" and tuple(saved.get("size", size)) != tuple(size):
-        raise InputError(f"{path} was made of images of {saved['size']} pixels, not {size}")
+        raise InputError(f"{path} is of images of {saved['size']}, not {size}")
     return saved["mu"], saved["sigma"]
 
 # ---- Images: uint8 [n, 3, H, W], labels int64 [n] and the names of the classes -------------------
@@ -269,18 +269,18 @@ def read_images(source):
         try:
             data = CIFAR10("data", download=True)
         except (OSError, RuntimeError) as error:
-            raise InputError(f"no data/{CIFAR10.filename} ({error}): get {CIFAR10.url}") from error
+            raise InputError(f"data/{CIFAR10.filename}: put {CIFAR10.url} there") from error
         pixels, labels = data.data, np.array(data.classes)[data.targets]
     elif path.suffix == ".npz":
         arrays = load_arrays(path)
         pixels = arrays.get("arr_0", np.zeros(0))
         labels = arrays.get("arr_1", np.zeros(len(pixels)))
         if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or len(labels) != len(pixels):
-            raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3]; labels in arr_1 [n]")
+            raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
         pixels, labels = read_files(path)
     classes, labels = np.unique(labels, return_inverse=True)
-    names = [str(name) for name in classes if len(classes) > 1]     # a single one tells nothing
+    names = [str(name) for name in classes if len(classes) > 1]     # or none
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), names
 
 def load_arrays(path):
@@ -309,25 +309,25 @@ def read_files(path):
             table = dict(json.loads((root / "dataset.json").read_text())["labels"] or ())
             labels = [int(table.get(name, -1)) for name in files]
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: dataset.json has no number for each image") from error
+            raise InputError(f"{path}: dataset.json lacks numbers") from error
 
     # A few threads decode. Pillow and zipfile raise these errors over damaged files.
     def decode(name):
         try:
             with (root / name).open("rb") as file, Image.open(file) as image:
-                if image.mode.startswith(("I", "F")):               # Pillow would clip these
+                if image.mode.startswith(("I", "F")):       # Pillow would clip these
                     raise ValueError("more than 8 bits a channel")
                 image = ImageOps.exif_transpose(image).convert("RGBA")
         except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: {name} cannot be read ({error})") from error
-        white = Image.new("RGBA", image.size, "white")              # behind transparent pixels
+        white = Image.new("RGBA", image.size, "white")      # behind transparent pixels
         return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
     with ThreadPoolExecutor(4) as pool:
         pixels = list(pool.map(decode, files))
     for name, image in zip(files, pixels):
         if image.shape != pixels[0].shape:
-            raise InputError(f"{path}: {name} is {image.shape}, {files[0]} is {pixels[0].shape}")
+            raise InputError(f"{path}: {name} is {image.shape}, not {pixels[0].shape}")
     return np.stack(pixels), np.array(labels)
 
 def main(arguments=None):
@@ -335,7 +335,7 @@ def main(arguments=None):
     parser.add_argument("a", help="images to judge: a folder, a .zip, an .npz or cifar10")
     parser.add_argument("b", help="real images: the same, or an .npz of statistics")
     parser.add_argument("--features", default="inception", help="or random, or TorchScript")
-    parser.add_argument("--n", type=int, default=50_000, help="how many images of a are used")
+    parser.add_argument("--n", type=int, default=50_000, help="images of a to use")
     args = parser.parse_args(arguments)
     try:
         # What can be missing is opened first. Of a, n images are drawn, always the same.
@@ -360,7 +360,7 @@ def main(arguments=None):
     print(f"{metric_name(extractor.name, made.n)} {distance:.4f}, n {made.n}, features "
           f"{extractor.name}, reference {args.b}, floor {floor:.4f}")
     if made.n < len(mean):
-        print(f"warning: too large by about the floor: {made.n} images, {len(mean)} features")
+        print(f"warning: {made.n} images for {len(mean)} features: too large")
 
 if __name__ == "__main__":
     main()

@@ -219,7 +219,7 @@ def pseudo_huber(square, c):
 
     Small c: a norm, whose minimum is a median. Large c: square / (2 c), whose minimum is a mean.
     """
-    return square / ((square + c**2 + 1e-30) ** 0.5 + c)        # 1e-30: a finite slope at 0
+    return square / ((square + c**2 + 1e-30) ** 0.5 + c)    # 1e-30: a finite slope at 0
 
 # ---- Networks ------------------------------------------------------------------------------------
 # A network here is a denoiser D(x, sigma) -> x_hat, where x = x0 + sigma eps [B, ...], sigma [B].
@@ -279,13 +279,13 @@ class ToyDenoiser(nn.Module):
         super().__init__()
         self.inputs = nn.Linear(22, width)
         self.segment = nn.Embedding(36, width)      # of N = 1 to 8
-        nn.init.zeros_(self.segment.weight)         # so tuning starts from the diffusion model
+        nn.init.zeros_(self.segment.weight)     # tuning starts from the diffusion model
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                   nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 
     def forward(self, x, sigma, segment=None):
         sigma = sigma[:, None]
-        c_in = (sigma**2 + 1).rsqrt()               # the data's standard deviation is about 1
+        c_in = (sigma**2 + 1).rsqrt()           # the data's deviation is about 1
         waves = torch.cat([1.5 * c_in * x * torch.arange(1, 7),
                            sigma.atan() * torch.arange(1, 5)], 1)
         h = self.inputs(torch.cat([c_in * x, sigma.log() / 4, waves.cos(), waves.sin()], 1))
@@ -297,7 +297,7 @@ def train_toy(net, N=None, teacher=None, iterations=2400, lr=3e-2):
     """Trains a copy of `net` as a diffusion model (N None), or tunes it to N steps -> net, f."""
     net = copy.deepcopy(net)
     f = make_f(net, steps=N)
-    points = torch.quasirandom.SobolEngine(5, scramble=True, seed=0)    # more even than random
+    points = torch.quasirandom.SobolEngine(5, scramble=True, seed=0)     # even
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     for i in range(iterations):
         optimizer.param_groups[0]["lr"] = lr * (1 - i / iterations) ** 1.5

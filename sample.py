@@ -44,7 +44,7 @@ def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
             state = mcm.addim(x_hat, state, t, s, missing, schedule)
     return state.to(z.dtype)
 
-ddim = multistep        # eq. (4), again and again: the difference is in f, not in the sampler
+ddim = multistep        # the same sampler, given the f of a diffusion model
 
 def paper_x_var(alpha, sigma):
     """The paper's guess of the variance per element that x_hat lacks, for images."""
@@ -107,8 +107,8 @@ def generate(net, sampler, steps, numbers, seed=0, labels=None):
     """
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1
-    each = [np.random.default_rng([seed, i]).standard_normal((draws, *net.image_shape), np.float32)
-            for i in numbers]
+    shape = draws, *net.image_shape
+    each = [np.random.default_rng([seed, i]).standard_normal(shape, np.float32) for i in numbers]
     noise = torch.from_numpy(np.stack(each, axis=1)).to(device)     # [draws, B, C, H, W]
     z = noise[0]
     if sampler == "heun":
@@ -142,7 +142,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
         help="latest.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
-    add("--steps", type=number(int, 1, 1000), help="default: the most it was tuned for, or 18")
+    add("--steps", type=number(int, 1, 1000), help="default: the most of its own")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
     add("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")

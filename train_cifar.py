@@ -65,11 +65,11 @@ TEXT = {}
 SETTINGS = [
     # name, how it is read, preset shapes, preset cifar10, what it is
     # What is done.
-    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "all that is not given"),
-    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one network for all"),
-    ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, or ECT"),
+    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "all else"),
+    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one for all"),
+    ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
     ("data", TEXT, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
-    ("init", TEXT, "shapes", "edm", "diffusion model: EDM's .pkl, our .pt; none: train it first"),
+    ("init", TEXT, "shapes", "edm", "EDM's .pkl or our .pt; none: train one first"),
     ("classes", SWITCH, False, False, "give the network the class labels"),
     ("out", TEXT, None, None, "folder of the run; default: runs/DATA-METHOD-STEPS"),
     # The optimizer. For longer runs, ema nearer to 1.
@@ -83,7 +83,7 @@ SETTINGS = [
     ("width", COUNT, 32, 128, "channels"),
     ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
     # MCM. huber_eps 1e-4 is a norm, for long runs; 1 is nearly a squared error. See mcm.v_loss.
-    ("T", dict(COUNT, nargs=2), [8, 256], [64, 1280], "mct, mcd: teacher steps, first and last"),
+    ("T", dict(COUNT, nargs=2), [8, 256], [64, 1280], "mct, mcd: first and last"),
     ("huber_eps", SIZE, 0.1, 1e-4, "mct, mcd: of the pseudo-Huber norm"),
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
@@ -93,13 +93,13 @@ SETTINGS = [
     ("c", SIZE, 50.0, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
     ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
     # The machine. Gradients of bf16 are too coarse where t - r is small.
-    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "of the network"),
+    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "network"),
     ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
     ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
     ("seed", NATURAL, 0, 0, "of all that is random"),
     # The measurement.
     ("features", TEXT, "random", "inception", "or a TorchScript file"),
-    ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "samples for the distance"),
+    ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "images to measure"),
 ]
 
 # What may change when a run goes on.
@@ -135,7 +135,7 @@ def read_settings(parser, arguments):
 
     # What does not go together.
     if settings.width not in (8, 16) and settings.width % 32:
-        raise InputError("--width: 8, 16 or a multiple of 32, which groups of channels divide")
+        raise InputError("--width: 8, 16 or a multiple of 32, for groups of channels")
     if settings.segmented and (settings.method != "ect" or len(settings.steps) > 1):
         raise InputError("--segmented: needs --method ect and a single number of --steps")
     if settings.batch % WORLD:
@@ -173,10 +173,10 @@ def dropout(x, p, seed, layer):
     Both passes of a consistency step must have one mask, on every device, compiled or not, on one
     process or eight. A saved and restored state of a random generator does not survive CUDA graphs.
     """
-    element = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])     # [C, H, W]
+    element = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])    # [C, H, W]
     # 0x9E3779B1 is 2^32 over the golden ratio. It keeps the seeds of the layers far apart.
-    start = hash32((seed + 0x9E3779B1 * layer) % 2**32).view(-1, 1, 1, 1)       # [B, 1, 1, 1]
-    keep = hash32((start + element) % 2**32) >= int(p * 2**32)                  # [B, C, H, W]
+    start = hash32((seed + 0x9E3779B1 * layer) % 2**32).view(-1, 1, 1, 1)   # [B, 1, 1, 1]
+    keep = hash32((start + element) % 2**32) >= int(p * 2**32)              # [B, C, H, W]
     return x * keep / (1 - p)
 
 def group_norm(channels):
@@ -330,7 +330,7 @@ class DDPMpp(nn.Module):
             x = layer(x, emb, seed) if isinstance(layer, Block) else layer(x)
         return F.pixel_shuffle(x, self.patch)
 
-SIGMA_DATA = 0.5        # standard deviation of images in [-1, 1], in EDM's preconditioning
+SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning; `more`: DDPMpp's.
@@ -375,8 +375,8 @@ class UNet(nn.Module):
 
 # ---- Data: uint8 images [n, 3, H, W], labels int64 [n], names of the classes ---------------------
 
-COLOURS = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220],        # red, green, blue
-                        [240, 200, 40], [170, 60, 190]])                    # yellow, purple
+COLOURS = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220],    # red, green, blue
+                        [240, 200, 40], [170, 60, 190]])                # yellow, purple
 
 def shapes(n=20_000, size=32):
     """Discs, squares and triangles in five colours on soft grey -> images, labels, class names.
@@ -384,14 +384,14 @@ def shapes(n=20_000, size=32):
     A small network learns them in minutes, and noise, blur and wrong colours all show.
     """
     g = torch.Generator().manual_seed(0)
-    ramp = (torch.arange(size) + 0.5) / size * 2 - 1            # the pixels of a row, in [-1, 1]
+    ramp = (torch.arange(size) + 0.5) / size * 2 - 1            # pixels, in [-1, 1]
     labels = torch.arange(n) % 3
     images = []
     for label in labels.split(1000):
         radius, dx, dy, light, slope = torch.rand(5, len(label), 1, 1, generator=g)
         radius = 0.4 + 0.2 * radius
-        x = ramp - (dx * 2 - 1) * (0.9 - radius)                # from the centre: [B, 1, W]
-        y = ramp[:, None] - (dy * 2 - 1) * (0.9 - radius)       # [B, H, 1]
+        x = ramp - (dx * 2 - 1) * (0.9 - radius)            # from the centre: [B, 1, W]
+        y = ramp[:, None] - (dy * 2 - 1) * (0.9 - radius)   # [B, H, 1]
 
         # The distance to the edge of each shape, negative inside: [3, B, H, W] -> [B, H, W].
         disc = x.hypot(y) - radius
@@ -418,7 +418,7 @@ def load_data(settings):
     if settings.classes and not class_names:
         raise InputError(f"--classes: {settings.data} has no classes, leave it out")
     name = settings.data
-    if name not in ("shapes", "cifar10"):       # two folders can have one name, but not one hash
+    if name not in ("shapes", "cifar10"):       # two folders may have one name
         pixels, numbers = images.numpy().tobytes(), labels.numpy().tobytes()
         name = f"{Path(name).name}-{hashlib.sha256(pixels + numbers).hexdigest()[:6]}"
     return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), name=name,
@@ -641,8 +641,8 @@ def train(net, teacher, data, settings, phase):
             # A scale below 1 means that fp16 overflows at every scale.
             finite = all(p.isfinite().all() for p in net.parameters())
             if not finite or scaler.get_scale() < 1:
-                sys.exit(f"error: {phase}, iteration {done}: weights or losses are not finite. The "
-                         "last latest.pt is kept: try a smaller --lr or another --precision")
+                sys.exit(f"error: {phase}, iteration {done}: weights or losses not finite; the "
+                         "last latest.pt is kept, try a smaller --lr or another --precision")
             if RANK == 0:
                 save_checkpoint("latest.pt", data, settings, phase, step=done, **parts)
                 how = how_to_sample(settings, phase)
@@ -675,7 +675,7 @@ def samples(net, sampler, steps, n, data, settings):
     for numbers in torch.arange(n).split(125):
         labels = None
         if data.class_names:
-            rows = (numbers * 7919) % len(data.labels)          # a prime: all over the data
+            rows = (numbers * 7919) % len(data.labels)      # a prime: all over the data
             labels = F.one_hot(data.labels[rows], len(data.class_names)).float()
         x = sample.generate(net, sampler, steps, numbers.tolist(), settings.seed, labels)
         images.append(sample.to_uint8(x).cpu())
@@ -762,7 +762,7 @@ def main(arguments=None):
 
     # Tune a copy. Its embedding of the segment is zero at first and changes nothing.
     most = max(settings.steps)
-    segments = most * (most + 1) // 2           # rows of mcm.segment's table, for N = 1 ... most
+    segments = most * (most + 1) // 2           # rows of mcm.segment's table
     net = UNet(**dict(diffusion.arguments, dropout=settings.dropout, segments=segments))
     net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
     tuned = train(net, diffusion, data, settings, "tune")
@@ -823,8 +823,8 @@ def open_run(settings, data):
             now = getattr(settings, name)
             if now != before and name not in MAY_CHANGE:
                 option = name.replace("_", "-")
-                raise InputError(f"--{option}: {out} was begun with {before}, not with {now}; give "
-                                 "another --out, or delete that folder")
+                raise InputError(f"--{option}: {out} was begun with {before}, not with {now}; "
+                                 "give another --out, or delete that folder")
     diffusion = load_init(out / "diffusion.pt", settings.init, data)
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -843,7 +843,7 @@ def load_init(own, init, data):
         init = Path(__file__).parent / "assets/diffusion.pt"
     elif init == "edm":
         init = fid.download(*EDM)
-        say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor what they lead to")
+        say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor their offspring")
 
     # What is in it, and does it fit the data?
     if Path(init).suffix == ".pkl":
