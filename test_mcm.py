@@ -766,7 +766,9 @@ def test_what_an_iteration_draws(folder):
             assert allclose(drawn["t"] * T, t) and len(t.unique()) == T
             assert drawn["N"].unique().tolist() == [1, 4]
             assert not drawn["t_step"][drawn["N"] == 1].any()
-    assert len(set(draws)) == 4
+    settings.seed = settings.seed - 1
+    draws.append(train_cifar.draw(data, settings, "tune", 3)["eps"].sum().item())
+    assert len(set(draws)) == 5
 
 def test_another_command_is_refused_by_a_run(folder, capsys):
     """The same command goes on. Other settings or data do not, and both values are named."""
