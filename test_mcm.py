@@ -751,6 +751,17 @@ def test_what_sample_asks_for(folder, monkeypatch, capsys):
     for line in ("--steps 4", "--sampler heun", "--class cow"):
         assert line.split()[0] in refusal("sample", f"run/latest.pt {line}", capsys)
 
+def test_distillation_asks_the_teacher():
+    net, teacher = small_net(segments=3), small_net()
+    settings = SimpleNamespace(method="mcd", huber_eps=0.1)
+    x, eps, N = torch.full((4, 3, 8, 8), 200).byte(), randn(4, 3, 8, 8).float(), torch.tensor(2)
+    t, s, t_step = mcm.draw_times(4, N, 8, u=torch.tensor([[0.1, 0.6, 0.9, 0.2]] * 2))
+    loss = train_cifar.step_loss(net, teacher, settings, "tune", None, x, eps, None, t, N=N, s=s,
+                                 t_step=t_step)
+    asked = mcm.consistency_loss(mcm.make_f(net, steps=N), x / 127.5 - 1, eps, t, s, t_step,
+                                 teacher=mcm.make_f(teacher), huber_eps=0.1)
+    assert allclose(loss.detach(), asked.detach())
+
 def test_what_an_iteration_draws(folder):
     """New noise each time, one in ten without its label, T from 8 to 64 in half of the run."""
     settings = train_cifar.read_settings(argparse.ArgumentParser(), (TINY + "--classes").split())
