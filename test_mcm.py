@@ -785,6 +785,8 @@ def test_another_command_is_refused_by_a_run(folder, capsys):
     """The same command goes on. Other settings or data do not, and both values are named."""
     train("--out run")
     kept = Path("run/latest.pt").read_bytes()
+    last = torch.load("run/latest.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"]
+    assert allclose(last, 2e-3 / 6)                     # the rate has fallen
     images = np.load("few.npz")["arr_0"]
     np.savez("pixels.npz", images[::-1], 16 * ["cat", "dog", "dog", "dog"])
     np.savez("labels.npz", images, 32 * ["cat", "dog"])
