@@ -220,9 +220,10 @@ def metric_name(features, n):
         return "FID"
     return f"FD({features})@{n}"
 
-def shuffled(images):
-    """In an order that is always the same."""
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+def draw_images(images, n):
+    """n of the images, in an order that is always the same."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order[:n]]
 
 def statistics_of(images, extractor):
     """uint8 [n, 3, H, W] -> Statistics. On a terminal one line tells the time that is left."""
@@ -238,9 +239,9 @@ def statistics_of(images, extractor):
 def floor_of(images, extractor, n):
     """The distance of n real images from n others, or of the two halves if there are fewer."""
     n = max(1, min(n, len(images) // 2))
-    mixed = shuffled(images)
-    one = statistics_of(mixed[:n], extractor)
-    other = statistics_of(mixed[n:2 * n], extractor)
+    drawn = draw_images(images, 2 * n)
+    one = statistics_of(drawn[:n], extractor)
+    other = statistics_of(drawn[n:], extractor)
     return frechet_distance(one.mean, one.cov, other.mean, other.cov)
 
 def save_statistics(path, statistics, extractor, size):
@@ -323,12 +324,15 @@ def read_files(path):
         white = Image.new("RGBA", image.size, "white")      # behind transparent pixels
         return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
+    # Each image goes to its place, so that the pixels are in memory once.
     with ThreadPoolExecutor(4) as pool:
-        pixels = list(pool.map(decode, files))
-    for name, image in zip(files, pixels):
-        if image.shape != pixels[0].shape:
-            raise InputError(f"{path}: {name} is {image.shape}, not {pixels[0].shape}")
-    return np.stack(pixels), np.array(labels)
+        for i, image in enumerate(pool.map(decode, files)):
+            if i == 0:
+                pixels = np.empty((len(files), *image.shape), np.uint8)
+            if image.shape != pixels.shape[1:]:
+                raise InputError(f"{path}: {files[i]} is {image.shape}, not {pixels.shape[1:]}")
+            pixels[i] = image
+    return pixels, np.array(labels)
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
@@ -339,7 +343,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         # What can be missing is opened first. Of a, n images are drawn, always the same.
-        images = shuffled(read_images(args.a)[0])[:max(args.n, 0)]
+        images = draw_images(read_images(args.a)[0], max(args.n, 0))
         extractor = Extractor(args.features, "cuda" if torch.cuda.is_available() else "cpu")
         floor = float("nan")
         if args.b.endswith(".npz") and "mu" in load_arrays(args.b):
