@@ -5,7 +5,7 @@
 
 First the images to judge, then the real ones: a folder, a .zip, an .npz (arr_0: uint8 NHWC),
 cifar10 (its training set) or, for the real ones, an .npz of statistics (mu, sigma). The floor
-beside a distance is what two sets of as many real images give.
+beside a distance is what two sets of real images have.
 
 What a published FID is, and why each part matters:
 1. Features of the Inception graph of 2015. Other weights or other pooling are another measure.
@@ -13,8 +13,6 @@ What a published FID is, and why each part matters:
 3. n = 50,000. With fewer images the distance is too large: about 30 at n = 2,000, even between
    real images. So all else is called FD(features)@n here, and only that is called FID.
 4. The unbiased covariance (n - 1). Dividing by n is another number when n is small.
-
-In reading order: Inception, features, statistics and distance, images, the command line.
 """
 import argparse, hashlib, json, sys, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -35,15 +33,15 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 class InputError(ValueError):
     """A mistake that the user can mend: one line that names it and the remedy."""
 
-def download(url, sha256, folder=None):
-    """The path of url's file in `folder`, or in torch's cache; downloaded if it is not there."""
-    path = Path(folder or torch.hub.get_dir() + "/checkpoints", Path(url).name)
+def download(url, sha256):
+    """The path of url's file in torch's cache, where it is downloaded if it is not there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, path, sha256, sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, path, sha256)
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise RuntimeError("truncated, or another file")
+            raise OSError("truncated, or another file")
     except (OSError, RuntimeError) as error:            # RuntimeError is torch's
         raise InputError(f"{path} ({error}): put {url} there") from error
     return path
@@ -145,25 +143,28 @@ def random_features(images):
     return torch.cat(features, 1)
 
 class Extractor:
-    """Features: "inception", "random" or a TorchScript file; uint8 [N, 3, H, W] -> [N, d].
-
-    name tells which features these are, hash from which weights.
-    """
+    """Features: "inception", "random" or a TorchScript file; uint8 [N, 3, H, W] -> [N, d]."""
     def __init__(self, spec, device="cpu"):
-        self.name = self.hash = spec
-        self.device = device
-        self.net = random_features
-        if spec == "inception":
+        self.device, self.name = device, spec
+        if spec == "random":
+            self.net = random_features
+        elif spec == "inception":
             net = InceptionFID().to(device)
             net.load_state_dict(torch.load(download(*INCEPTION), device, weights_only=True))
             self.net = net.fold()
-        elif spec != "random":
+        else:
             try:
                 self.net = torch.jit.load(spec, device).eval()
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"--features {spec}: not found, or no TorchScript") from error
-            self.hash = hashlib.sha256(Path(spec).read_bytes()).hexdigest()
-            self.name = f"{Path(spec).stem}-{self.hash[:6]}"
+            content = hashlib.sha256(Path(spec).read_bytes())
+            self.name = f"{Path(spec).stem}-{content.hexdigest()[:6]}"
+
+    def of(self, images):
+        """What distances can be compared: features and, but for Inception, the images' size."""
+        if self.name == "inception":
+            return self.name
+        return f"{self.name} of {images.shape[2]}x{images.shape[3]} pixels"
 
     def __call__(self, images):
         # TF32, torch's default for convolutions on a GPU, would move the features.
@@ -203,8 +204,6 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     mean1, cov1, mean2, cov2 = given
     if len(mean1) != len(mean2):
         raise InputError(f"features have {len(mean1)} and {len(mean2)} dimensions")
-    if not (mean1 - mean2 + cov1 + cov2).isfinite().all():
-        raise InputError("no distance: give two images or more, and four real ones")
 
     # R from the eigenvalues of cov1. For n <= d some are 0, and arrive as rounding.
     values, vectors = torch.linalg.eigh(cov1)
@@ -214,54 +213,50 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     distance = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * shared
     return distance.clamp(min=0).item()
 
+def statistics_of(images, extractor, rows=None):
+    """uint8 [n, 3, H, W], and which of them (None: all) -> Statistics, with the time left."""
+    if rows is None:
+        rows = torch.arange(len(images))
+    statistics, start = Statistics(), time.perf_counter()
+    for batch in rows.split(64):
+        statistics.update(extractor(images[batch]))
+        if sys.stderr.isatty():
+            rate = statistics.n / (time.perf_counter() - start)
+            left = (len(rows) - statistics.n) / rate
+            print(f"{rate:.0f} images/s, {left:.0f} s left", end="   \r", file=sys.stderr)
+    return statistics
+
+def shuffled(images):
+    """The rows of the images, in an order that is always the same -> [n]."""
+    return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+
+def floor_of(images, extractor, n):
+    """The distance of n real images from n others, or of the two halves if there are fewer."""
+    halves = shuffled(images)[:2 * n].chunk(2)
+    one, other = [statistics_of(images, extractor, rows) for rows in halves]
+    return frechet_distance(one.mean, one.cov, other.mean, other.cov)
+
 def metric_name(features, n):
     """FID only for what papers call FID. Any other distance is named after its features and n."""
     if features == "inception" and n >= 50_000:
         return "FID"
     return f"FD({features})@{n}"
 
-def draw_images(images, n):
-    """n of the images, in an order that is always the same."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order[:n]]
+def save_statistics(path, statistics, made_by):
+    """Writes an .npz with what made it (Extractor.of), so that nothing else is compared to it."""
+    np.savez(path, mu=statistics.mean.cpu(), sigma=statistics.cov.cpu(), made_by=made_by)
 
-def statistics_of(images, extractor):
-    """uint8 [n, 3, H, W] -> Statistics. On a terminal one line tells the time that is left."""
-    statistics, start = Statistics(), time.perf_counter()
-    for batch in images.split(64):
-        statistics.update(extractor(batch))
-        if sys.stderr.isatty():
-            rate = statistics.n / (time.perf_counter() - start)
-            left = (len(images) - statistics.n) / rate
-            print(f"{rate:.0f} images/s, {left:.0f} s left", end="   \r", file=sys.stderr)
-    return statistics
-
-def floor_of(images, extractor, n):
-    """The distance of n real images from n others, or of the two halves if there are fewer."""
-    n = max(1, min(n, len(images) // 2))
-    drawn = draw_images(images, 2 * n)
-    one = statistics_of(drawn[:n], extractor)
-    other = statistics_of(drawn[n:], extractor)
-    return frechet_distance(one.mean, one.cov, other.mean, other.cov)
-
-def save_statistics(path, statistics, extractor, size):
-    """Writes an .npz, with what made it, so that no other features are compared to it."""
-    np.savez(path, mu=statistics.mean.cpu(), sigma=statistics.cov.cpu(), hash=extractor.hash,
-             features=extractor.name, size=size)
-
-def load_statistics(path, extractor, size):
-    """-> mean, cov. Files of other tools do not say what made them."""
+def load_statistics(path, made_by):
+    """-> mean [d], cov [d, d]. Files of other tools do not say what made them."""
     saved = load_arrays(path)
-    if saved.get("hash", extractor.hash) != extractor.hash:
-        raise InputError(f"{path} is of {saved['features']}, not of {extractor.name}")
-    if extractor.name != "inception" and tuple(saved.get("size", size)) != tuple(size):
-        raise InputError(f"{path} is of images of {saved['size']}, not {size}")
+    if saved.get("made_by", made_by) != made_by:
+        raise InputError(f"{path} is of {saved['made_by']}, not of {made_by}")
     return saved["mu"], saved["sigma"]
 
-# ---- Images: uint8 [n, 3, H, W], labels int64 [n] and the names of the classes -------------------
+# ---- Images --------------------------------------------------------------------------------------
 
 def read_images(source):
-    """A folder, a .zip, an .npz or "cifar10" -> images, labels, class names. All in memory.
+    """A folder, a .zip, an .npz or "cifar10" -> uint8 [n, 3, H, W], labels int64 [n], class names.
 
     A label that no image has is no class. InputError for what cannot be read, with its name.
     """
@@ -292,19 +287,24 @@ def load_arrays(path):
 
 def read_files(path):
     """The images in a folder or a .zip -> uint8 [n, H, W, 3], labels [n]."""
-    if path.is_dir():
-        root, names = path, [file.relative_to(path).as_posix() for file in path.rglob("*")]
+    if path.is_dir():                           # each file once, however many links lead to it
+        found = {file.resolve(): file for file in sorted(path.rglob("*")) if file.is_file()}
+        root, names = path, [file.relative_to(path).as_posix() for file in found.values()]
     elif zipfile.is_zipfile(path):
         root, names = zipfile.Path(path), zipfile.ZipFile(path).namelist()
+        names = [name for name in names if not name.endswith("/")]
     else:
         raise InputError(f"{path}: not found; give a folder, a .zip, an .npz or cifar10")
     files = [name for name in sorted(names)
              if folder.is_image_file(name) and not Path(name).name.startswith("._")]
     if not files:
         raise InputError(f"{path}: no images in it")
+    others = len(set(names) - {*files, "dataset.json"})
+    if others:
+        print(f"{path}: {others} files are no images, and are left out", file=sys.stderr)
 
     # EDM and StyleGAN keep labels in dataset.json. Without it, the folders are the classes.
-    labels = [name.rpartition("/")[0] or "." for name in files]
+    labels = [name.rpartition("/")[0] for name in files]
     if "dataset.json" in names:
         try:
             table = dict(json.loads((root / "dataset.json").read_text())["labels"] or ())
@@ -337,27 +337,30 @@ def read_files(path):
 def main(arguments=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     parser.add_argument("a", help="images to judge: a folder, a .zip, an .npz or cifar10")
-    parser.add_argument("b", help="real images: the same, or an .npz of statistics")
+    parser.add_argument("b", help="real images: the same")
     parser.add_argument("--features", default="inception", help="or random, or TorchScript")
     parser.add_argument("--n", type=int, default=50_000, help="images of a to use")
     args = parser.parse_args(arguments)
     try:
         # What can be missing is opened first. Of a, n images are drawn, always the same.
-        images = draw_images(read_images(args.a)[0], max(args.n, 0))
+        images = read_images(args.a)[0]
+        rows = shuffled(images)[:max(args.n, 0)]
         extractor = Extractor(args.features, "cuda" if torch.cuda.is_available() else "cpu")
         floor = float("nan")
         if args.b.endswith(".npz") and "mu" in load_arrays(args.b):
-            mean, cov = load_statistics(args.b, extractor, images.shape[2:])
+            mean, cov = load_statistics(args.b, extractor.of(images))
         else:
             real = read_images(args.b)[0]
-            if extractor.name != "inception" and real.shape[2:] != images.shape[2:]:
+            if extractor.of(real) != extractor.of(images):
                 raise InputError(f"{args.a} and {args.b} have images of different sizes")
-            floor = floor_of(real, extractor, len(images))
+            floor = floor_of(real, extractor, len(rows))
             statistics = statistics_of(real, extractor)
             mean, cov = statistics.mean, statistics.cov
+        if len(rows) < 2 or not torch.as_tensor(cov).isfinite().all():
+            raise InputError("no distance: give two images or more, and four real ones")
 
         # Only now the images to judge.
-        made = statistics_of(images, extractor)
+        made = statistics_of(images, extractor, rows)
         distance = frechet_distance(made.mean, made.cov, mean, cov)
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))

@@ -269,7 +269,7 @@ def guided(f, f_uncond, weight):
 
 # ---- The dial in one dimension -------------------------------------------------------------------
 
-WEIGHTS = torch.tensor([0.3, 0.5, 0.2])         # the data: three Gaussians
+WEIGHTS = torch.tensor([0.3, 0.5, 0.2])             # the data: three Gaussians
 MEANS = torch.tensor([-1.2, 0.2, 1.3])
 STD = 0.1
 
@@ -279,13 +279,13 @@ class ToyDenoiser(nn.Module):
         super().__init__()
         self.inputs = nn.Linear(22, width)
         self.segment = nn.Embedding(36, width)      # of N = 1 to 8
-        nn.init.zeros_(self.segment.weight)     # tuning starts from the diffusion model
+        nn.init.zeros_(self.segment.weight)         # tuning starts from the diffusion model
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                   nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 
     def forward(self, x, sigma, segment=None):
         sigma = sigma[:, None]
-        c_in = (sigma**2 + 1).rsqrt()           # the data's deviation is about 1
+        c_in = (sigma**2 + 1).rsqrt()               # the data's deviation is about 1
         waves = torch.cat([1.5 * c_in * x * torch.arange(1, 7),
                            sigma.atan() * torch.arange(1, 5)], 1)
         h = self.inputs(torch.cat([c_in * x, sigma.log() / 4, waves.cos(), waves.sin()], 1))
@@ -293,23 +293,22 @@ class ToyDenoiser(nn.Module):
             h = h + self.segment(segment)
         return c_in**2 * x + sigma * c_in * self.rest(h)
 
-def train_toy(net, N=None, teacher=None, iterations=2400, lr=3e-2):
-    """Trains a copy of `net` as a diffusion model (N None), or tunes it to N steps -> net, f."""
+def train_toy(net, N=None, teacher=None, iterations=2400):
+    """Tunes a copy of `net` to N steps, or trains it as a diffusion model (N None) -> net, f."""
     net = copy.deepcopy(net)
     f = make_f(net, steps=N)
     points = torch.quasirandom.SobolEngine(5, scramble=True, seed=0)     # even
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     for i in range(iterations):
-        optimizer.param_groups[0]["lr"] = lr * (1 - i / iterations) ** 1.5
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 - i / iterations) ** 1.5
         u = points.draw(4096).clamp(1e-6, 1 - 1e-6).T
         eps = torch.special.ndtri(u[0])[:, None]
         mode = (u[1] > 0.3).long() + (u[1] > 0.8)                       # of WEIGHTS
         x = (MEANS[mode] + STD * torch.special.ndtri(u[2]))[:, None]
-        if N is None:
-            t, s, t_step = u[3], 0 * u[3], 0 * u[3]                     # the target is x
-        else:
-            T = teacher_steps(i, 12, 512, anneal=iterations * 2 / 3)
-            t, s, t_step = draw_times(4096, N, T, u=u[3:])
+
+        # A diffusion model is the limit N = T: one teacher step in each of very many segments.
+        T = teacher_steps(i, 12, 512, anneal=iterations * 2 / 3)
+        t, s, t_step = draw_times(4096, N or 512, T, u=u[3:])
 
         # In one dimension the norm of v is |v|, and would learn medians: huber_eps = 100 makes it a
         # square. aDDIM's mean over one element is no variance: x_var is 0.
@@ -324,29 +323,27 @@ def train_toy(net, N=None, teacher=None, iterations=2400, lr=3e-2):
 def sample_toy(f, z, N):
     """Algorithm 2: z [B, 1] at t = 1 jumps to 1 - 1/N, ..., 0 -> samples [B, 1]."""
     for i in range(N, 0, -1):
-        t = torch.full((len(z),), i / N)
-        z = ddim(f(z, t), z, t, t - 1 / N)
+        z = ddim(f(z, i / N), z, i / N, (i - 1) / N)
     return z
 
 def main(n=100_000):
     """Prints the table of README.md."""
     from scipy.stats import wasserstein_distance
-    # The exact quantiles of noise and data: no chance in the sampling.
     torch.manual_seed(0)
+
+    # The exact quantiles of noise and data: no chance in the sampling.
     z = torch.special.ndtri((torch.arange(n).double() + 0.5) / n).float()[:, None]
     truth, weights = (MEANS + STD * z).flatten(), WEIGHTS.repeat(n)
 
     def distance(f, N):
         return wasserstein_distance(sample_toy(f, z, N).flatten(), truth, None, weights)
 
-    diffusion, f = train_toy(ToyDenoiser())
-    print(f"Wasserstein-1 distance to the data; diffusion in 64 steps: {distance(f, 64):.4f}\n"
-          "steps  diffusion       MCT       MCD", flush=True)
+    net, teacher = train_toy(ToyDenoiser())
+    print("Wasserstein-1 distance to the data; diffusion model in 64 steps: "
+          f"{distance(teacher, 64):.4f}\nsteps  diffusion       MCT       MCD", flush=True)
     for N in (1, 2, 4, 8):
-        _, f_mct = train_toy(diffusion, N)
-        _, f_mcd = train_toy(diffusion, N, teacher=f)
-        print(f"{N:5} {distance(f, N):10.4f} {distance(f_mct, N):9.4f} {distance(f_mcd, N):9.4f}",
-              flush=True)
+        row = [teacher, train_toy(net, N)[1], train_toy(net, N, teacher)[1]]
+        print(f"{N:5} " + " ".join(f"{distance(f, N):9.4f}" for f in row), flush=True)
 
 if __name__ == "__main__":
     main()

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.utils import save_image
 
 import ect, mcm
 
@@ -98,31 +99,43 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
 
 # ---- From a network to images --------------------------------------------------------------------
 
-def generate(net, sampler, steps, numbers, seed=0, labels=None):
-    """The images of these numbers (B ints) -> [B, C, H, W], float32.
+@torch.no_grad()
+def sample_batch(net, sampler, steps, noise, labels=None):
+    """noise [draws, B, C, H, W], one draw or, for "renoise", one for each step -> x [B, C, H, W].
 
     sampler: "multistep" for MCT, MCD and ECT in segments; "renoise" for ECT; "ddim", "addim" or
     "heun" for a diffusion model. labels: one-hot [B, classes] or None.
-    An image depends on (net, seed, its number, its label) alone, not on its batch.
     """
-    device = next(net.parameters()).device
-    draws = steps if sampler == "renoise" else 1
-    shape = draws, *net.image_shape
-    each = [np.random.default_rng([seed, i]).standard_normal(shape, np.float32) for i in numbers]
-    noise = torch.from_numpy(np.stack(each, axis=1)).to(device)     # [draws, B, C, H, W]
-    z = noise[0]
-    if sampler == "heun":
-        return heun(mcm.conditioned(net, labels=labels), z, steps).float()
     if sampler == "multistep":
-        return multistep(mcm.make_f(net, steps=steps, labels=labels), z, steps)
+        return multistep(mcm.make_f(net, steps=steps, labels=labels), noise[0], steps)
     if sampler == "renoise":
         # ECT gives levels for two steps. For others we take equal distances in cosine's t.
         sigmas = [mcm.SIGMA_MAX, ect.MID_SIGMA]
         if steps != 2:
-            sigmas = [mcm.SIGMA_MAX, *ect.segment_edges(steps).flip(0).tolist()]
-        return renoise(mcm.conditioned(net, 1, labels=labels), z, sigmas, noise[1:]).float()
-    sample_diffusion = addim if sampler == "addim" else ddim
-    return sample_diffusion(mcm.make_f(net, labels=labels), z, steps)
+            sigmas = [mcm.SIGMA_MAX] + ect.segment_edges(steps).flip(0).tolist()
+        return renoise(mcm.conditioned(net, 1, labels=labels), noise[0], sigmas, noise[1:])
+    if sampler == "heun":
+        return heun(mcm.conditioned(net, labels=labels), noise[0], steps)
+    sample_diffusion = {"ddim": ddim, "addim": addim}[sampler]
+    return sample_diffusion(mcm.make_f(net, labels=labels), noise[0], steps)
+
+def generate(net, sampler, steps, n, seed=0, labels=None):
+    """n images -> uint8 [n, C, H, W] on the CPU. labels: int64 [n] or None.
+
+    An image depends on (net, seed, its number, its label) alone, not on n or on its batch.
+    """
+    device = next(net.parameters()).device
+    draws = steps if sampler == "renoise" else 1
+    images = []
+    for numbers in torch.arange(n).split(125):
+        each = [np.random.default_rng([seed, i]).standard_normal((draws, *net.image_shape), "f4")
+                for i in numbers.tolist()]
+        noise = torch.from_numpy(np.stack(each, axis=1)).to(device)
+        one_hot = None
+        if labels is not None:
+            one_hot = F.one_hot(labels[numbers], net.model.classes).float().to(device)
+        images.append(to_uint8(sample_batch(net, sampler, steps, noise, one_hot)).cpu())
+    return torch.cat(images)
 
 def to_uint8(x):
     """[-1, 1] -> 0 .. 255, to the nearest: the inverse of v / 127.5 - 1 on all 256 levels."""
@@ -130,18 +143,17 @@ def to_uint8(x):
 
 def save_grid(images, path, columns):
     """uint8 [B, 3, H, W] -> a PNG, each pixel as 2x2."""
-    from torchvision.utils import save_image
     twice = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
     save_image(twice.float() / 255, path, nrow=columns, pad_value=1.0)
 
 def main(arguments=None):
     """The command line: a checkpoint of train_cifar.py -> a .png grid, or an .npz."""
     from fid import InputError
-    from train_cifar import DEVICE, atomic, load_checkpoint, number
+    from train_cifar import atomic, load_checkpoint, load_network, number
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
-        help="latest.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
+        help="tuned.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
     add("--steps", type=number(int, 1, 1000), help="default: the most of its own")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
@@ -149,43 +161,38 @@ def main(arguments=None):
     add("--class", dest="label", help="a class's name or number; default: all in turn")
     add("--seed", type=number(int, 0, 2**32), default=0)
     args = parser.parse_args(arguments)
-    if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: give a .png or an .npz in a folder that exists")
+
+    # What is asked for must be what the network was trained for.
     try:
-        net, state = load_checkpoint(args.checkpoint)
+        if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
+            raise InputError(f"--out {args.out}: give a .png or an .npz in a folder that exists")
+        state = load_checkpoint(args.checkpoint)
+        names, own_steps = state["class_names"], state["steps"]
+        steps = args.steps or max(own_steps)
+        sampler = args.sampler or state["sampler"]
+        if args.sampler and state["phase"] == "tuned":
+            raise InputError("--sampler: is of a diffusion model, and this is a tuned one")
+        if sampler == "multistep" and steps not in own_steps:
+            raise InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
+        classes = list(range(len(names)))
+        if args.label is not None:
+            classes = [i for i in classes if args.label in (names[i], str(i))]
+            if not classes:
+                raise InputError(f"--class {args.label}: it knows {names or 'no classes'}")
     except (InputError, OSError) as error:
         parser.error(str(error))
 
-    # What is asked for must be what the network was trained for.
-    steps = args.steps or max(state["steps"])
-    sampler, names = state["sampler"], state["class_names"]
-    if state["method"] == "diffusion":
-        sampler = args.sampler or ("heun" if steps > 8 else "ddim")
-    elif args.sampler or (sampler == "multistep" and steps not in state["steps"]):
-        parser.error(f"--steps, --sampler: {args.checkpoint} is tuned for {state['steps']} steps")
-    classes = list(range(len(names)))
-    if args.label in names:
-        classes = [names.index(args.label)]
-    elif args.label is not None:
-        classes = [i for i in classes if str(i) == args.label]
-        if not classes:
-            parser.error(f"--class {args.label}: {args.checkpoint} knows {names or 'no classes'}")
-
-    images = []
-    for first in range(0, args.n, 250):
-        numbers, labels = range(first, min(first + 250, args.n)), None
-        if names:
-            index = torch.tensor([classes[i % len(classes)] for i in numbers])
-            labels = F.one_hot(index, len(names)).float().to(DEVICE)
-        images.append(to_uint8(generate(net, sampler, steps, numbers, args.seed, labels)).cpu())
-    images = torch.cat(images)
+    labels = None
+    if names:
+        labels = torch.tensor(classes)[torch.arange(args.n) % len(classes)]
+    images = generate(load_network(state), sampler, steps, args.n, args.seed, labels)
     with atomic(args.out) as part:
         if args.out.suffix == ".png":
             save_grid(images, part, columns=round(args.n**0.5))
         else:
             np.savez(part, arr_0=images.permute(0, 2, 3, 1).numpy())
-    print(f"{args.out}: {args.n} samples of {state['data']} by {state['method']} ({sampler}) in "
-          f"{steps} steps; classes: {names or 'none'}")
+    print(f"{args.out}: {args.n} samples of {state['settings']['data']} ({sampler}) in {steps} "
+          f"steps; classes: {names or 'none'}")
 
 if __name__ == "__main__":
     main()

@@ -219,16 +219,26 @@ class Recorder(nn.Module):
     ("heun", 3, [80, 2.515, 2.515, 0.002, 0.002], []), ("ddim", 2, [80, 1], []),
     ("addim", 2, [80, 1], []), ("renoise", 1, [80], [0]), ("renoise", 2, [80, 0.821], [0, 0]),
     ("renoise", 3, [80, 3**0.5, 3**-0.5], [0, 0, 0]), ("multistep", 2, [80, 1], [2, 1])])
-def test_what_samplers_ask_and_one_noise_for_each_image(sampler, steps, sigmas, segments):
+def test_what_samplers_ask_and_one_noise_for_each_image(sampler, steps, sigmas, segments,
+                                                        monkeypatch):
     """An image depends on (seed, number) alone, not on the batch that it is made in."""
+    batches, sample_batch = [], sample.sample_batch
+    def recorded(*given):
+        batches.append(sample_batch(*given))
+        return batches[-1]
+    monkeypatch.setattr(sample, "sample_batch", recorded)
     net = Recorder()
-    x = sample.generate(net, sampler, steps, range(8))
+    images = sample.generate(net, sampler, steps, 8)
     assert allclose(net.sigmas, sigmas, rtol=0.03) and net.segments == segments
-    assert sample.generate(net, sampler, steps, [3]).equal(x[3:4])
-    assert not sample.generate(net, sampler, steps, [3], seed=1).allclose(x[3:4])
-    assert torch.corrcoef(x.flatten(1)).fill_diagonal_(0).abs().max() < 0.7
+    assert images.equal(sample.to_uint8(batches[0])) and images.shape == (8, 3, 4, 4)
+    assert torch.corrcoef(batches[0].flatten(1)).fill_diagonal_(0).abs().max() < 0.7
+    sample.generate(net, sampler, steps, 127)               # in two batches
+    assert batches[1][:8].equal(batches[0]) and len(batches[2]) == 2
+    sample.generate(net, sampler, steps, 8, seed=1)
+    assert not batches[3].allclose(batches[0])
     if sampler == "addim":
-        assert not x.allclose(sample.generate(net, "ddim", steps, range(8)))
+        sample.generate(net, "ddim", steps, 8)
+        assert not batches[4].allclose(batches[0])
 
 def test_times_stay_exact_for_noise_in_bfloat16():
     net = Recorder()
@@ -354,8 +364,8 @@ def test_unet_is_as_large_as_edms():
 
 # ---- One iteration: on the meta device, compiled, on a GPU ---------------------------------------
 
-CASES = [("pretrain", "--classes"), ("tune", "--steps 1 2 4"), ("tune", "--steps 2 --method mcd "
-         "--classes"), ("tune", "--method ect"), ("tune", "--method ect --segmented --steps 4")]
+CASES = [("diffusion", "--classes"), ("tuned", "--steps 1 2 4"), ("tuned", "--steps 2 --method mcd "
+         "--classes"), ("tuned", "--method ect"), ("tuned", "--method ect --segmented --steps 4")]
 
 class Iterations:
     """The iterations of train_cifar.train, small, on any device."""
@@ -386,14 +396,14 @@ class Iterations:
         average(list(self.ema.parameters()), list(self.net.parameters()), 1)
 
 def test_the_loss_is_what_the_settings_say():
-    for phase, options in [("pretrain", "--classes"), ("tune", "--method mcd --classes --steps 2 "
-                           "--huber-eps 0.3"), ("tune", "--method ect --q 3 --c 7")]:
+    for phase, options in [("diffusion", "--classes"), ("tuned", "--method mcd --classes --steps 2 "
+                           "--huber-eps 0.3"), ("tuned", "--method ect --q 3 --c 7")]:
         its = Iterations(phase, options)
         its.net.eval()
         drawn = its.draw(0)
         x, eps, t, labels = drawn["x"] / 127.5 - 1, drawn["eps"], drawn["t"], drawn.get("labels")
         f = mcm.make_f(its.net, steps=drawn.get("N"), labels=labels)
-        if phase == "pretrain":
+        if phase == "diffusion":
             right = mcm.consistency_loss(f, x, eps, t, 0 * t, 0 * t, huber_eps=1.0)
         elif its.settings.method == "ect":
             right = ect.ect_loss(mcm.conditioned(its.net, 1), x, eps, t, 2, q=3, c=7)
@@ -424,9 +434,9 @@ def test_the_meta_device_notices(name, fault, monkeypatch):
     """A wait, a tensor on the CPU, and indexing by a condition, which a CPU forgives."""
     right = getattr(mcm, name)
     monkeypatch.setattr(mcm, name, lambda *given: fault(right, *given))
-    its = Iterations("tune", "")
+    its = Iterations("tuned", "")
     its.run(0, its.draw(0))
-    its = Iterations("tune", "", "meta")
+    its = Iterations("tuned", "", "meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
         its.run(0, its.draw(0))
 
@@ -450,7 +460,7 @@ def test_ten_iterations_compile_once(phase, options):
 def test_a_number_that_changes_would_compile_again():
     def step_loss(net, teacher, settings, *given, **drawn):
         return settings.number * train_cifar.step_loss(net, teacher, settings, *given, **drawn)
-    assert compilations(Iterations("tune", "--method ect"), step_loss) > 1
+    assert compilations(Iterations("tuned", "--method ect"), step_loss) > 1
 
 @needs_gpu
 @pytest.mark.parametrize("phase, options", CASES)
@@ -543,13 +553,14 @@ def test_what_is_in_a_folder(tmp_path):
             fid.read_images(str(tmp_path))
         os.remove(tmp_path / name)
 
-def test_downloads(tmp_path):
+def test_downloads(tmp_path, monkeypatch):
     """A file that is missing or wrong is named, with its address, and never left as if right."""
-    source, path = tmp_path / "there/file.pth", tmp_path / "here/file.pth"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    source, path = tmp_path / "there/file.pth", tmp_path / "hub/checkpoints/file.pth"
     source.parent.mkdir()
     url, good = source.as_uri(), b"weights" * 1000
     def download():
-        return Path(fid.download(url, hashlib.sha256(good).hexdigest(), path.parent))
+        return Path(fid.download(url, hashlib.sha256(good).hexdigest()))
     for content in (None, good[::-1], good[:500]):
         if content:
             source.write_bytes(content)
@@ -670,8 +681,8 @@ def refusal(program, line, capsys):
     return error
 
 def state_of(out):
-    """What a run leaves, but for its speeds: the tensors of latest.pt, and the distances."""
-    state = torch.load(f"{out}/latest.pt", weights_only=True)
+    """What a run leaves, but for its speeds: the tensors of tuned.pt, and the distances."""
+    state = torch.load(f"{out}/tuned.pt", weights_only=True)
     parts = [state["net"], state["ema"], *state["optimizer"]["state"].values()]
     table = json.loads(Path(out, "result.json").read_text())
     for row in table:
@@ -681,8 +692,8 @@ def state_of(out):
 @pytest.mark.parametrize("method", ["mct", "mcd --classes", "ect --segmented"])
 def test_a_run_that_died_and_went_on_is_the_run_that_did_not(method, folder, monkeypatch):
     train(f"--out straight --method {method}")
-    blows = {("pretrain", 3): "crash", ("pretrain", 5): signal.SIGINT,
-             ("tune", 1): "crash", ("tune", 4): signal.SIGTERM}
+    blows = {("diffusion", 3): "crash", ("diffusion", 5): signal.SIGINT,
+             ("tuned", 1): "crash", ("tuned", 4): signal.SIGINT}
     draw = train_cifar.draw
     def deadly_draw(data, settings, phase, step):
         blow = blows.pop((phase, step), None)
@@ -698,16 +709,17 @@ def test_a_run_that_died_and_went_on_is_the_run_that_did_not(method, folder, mon
     for _ in range(2):                                  # the second time only the report is left
         train(f"--out torn --method {method}")
         assert state_of("straight") == state_of("torn")
-    rows = [(row["model"], row["steps"], row["nfe"]) for row in state_of("torn")[1]]
-    assert rows == [("diffusion", 2, 2), ("tuned", 2, 2), ("diffusion", 18, 35)]
-    nets = [train_cifar.load_checkpoint(f"torn/{name}.pt")[0] for name in ("diffusion", "latest")]
+    rows = [(row["method"], row["steps"], row["nfe"]) for row in state_of("torn")[1]]
+    tuned = method.split()[0]
+    assert rows == [("diffusion", 2, 2), (tuned, 2, 2), ("diffusion", 18, 35)]
+    nets = [train_cifar.load_network(train_cifar.load_checkpoint(f"torn/{name}.pt")) for name in ("diffusion", "tuned")]
     weights = [net.get_parameter("model.map_layer0.weight") for net in nets]
     assert not weights[0].equal(weights[1])             # the average moves
-    sample.main("torn/latest.pt --n 5 --out x.png".split())
+    sample.main("torn/tuned.pt --n 5 --out x.png".split())
     sample.main("torn/diffusion.pt --n 5 --sampler addim --steps 3 --out x.npz".split())
     assert np.load("x.npz")["arr_0"].shape == (5, 16, 16, 3)
     made = {path.name for path in Path("torn").iterdir()}
-    assert {"reference.npz", "dial.png", "metrics.jsonl", "samples-tune-000006.png"} < made
+    assert {"reference.npz", "dial.png", "metrics.jsonl", "tuned-000006.png"} < made
     assert not [name for name in made if "part" in name]
 
 def test_two_processes_are_one(folder, monkeypatch):
@@ -717,7 +729,7 @@ def test_two_processes_are_one(folder, monkeypatch):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                "--master_port=29517", str(HERE / "train_cifar.py"), *(line + "two").split()]
     subprocess.run(command, check=True, capture_output=True)
-    one, two = (torch.load(f"{out}/latest.pt", weights_only=True) for out in ("one", "two"))
+    one, two = (torch.load(f"{out}/tuned.pt", weights_only=True) for out in ("one", "two"))
     for i, row in one["optimizer"]["state"].items():
         a, b = row["exp_avg"], two["optimizer"]["state"][i]["exp_avg"]
         assert torch.allclose(a, b, rtol=0, atol=0.01 * a.abs().max())
@@ -737,26 +749,25 @@ def test_what_a_shell_inherits_does_not_matter(monkeypatch):
 def test_what_sample_asks_for(folder, monkeypatch, capsys):
     train("--out run --classes --steps 2 1 --method mcd")
     asked = []
-    def generate(net, sampler, steps, numbers, seed=0, labels=None):
-        asked.append((sampler, steps, list(numbers), seed, labels.argmax(1).tolist()))
-        return torch.zeros(len(numbers), 3, 16, 16)
+    def generate(net, sampler, steps, n, seed, labels):
+        asked.append((sampler, steps, n, seed, labels.tolist()))
+        return torch.zeros(n, 3, 16, 16).byte()
     monkeypatch.setattr(sample, "generate", generate)
-    for line in ("latest.pt", "latest.pt --steps 1 --class dog --seed 7", "diffusion.pt --steps 2",
-                 "diffusion.pt --class 0"):
+    for line in ("tuned.pt", "tuned.pt --steps 1 --class dog --seed 7", "diffusion.pt --class 0",
+                 "diffusion.pt --steps 2 --sampler ddim"):
         sample.main(f"run/{line} --n 4 --out x.png".split())
-    four = [0, 1, 2, 3]
-    assert asked == [("multistep", 2, four, 0, [0, 1, 0, 1]), ("multistep", 1, four, 7, 4 * [1]),
-                     ("ddim", 2, four, 0, [0, 1, 0, 1]), ("heun", 18, four, 0, 4 * [0])]
+    assert asked == [("multistep", 2, 4, 0, [0, 1, 0, 1]), ("multistep", 1, 4, 7, 4 * [1]),
+                     ("heun", 18, 4, 0, 4 * [0]), ("ddim", 2, 4, 0, [0, 1, 0, 1])]
     assert "cat" in capsys.readouterr().out
     for line in ("--steps 4", "--sampler heun", "--class cow"):
-        assert line.split()[0] in refusal("sample", f"run/latest.pt {line}", capsys)
+        assert line.split()[0] in refusal("sample", f"run/tuned.pt {line}", capsys)
 
 def test_distillation_asks_the_teacher():
     net, teacher = small_net(segments=3), small_net()
     settings = SimpleNamespace(method="mcd", huber_eps=0.1)
     x, eps, N = torch.full((4, 3, 8, 8), 200).byte(), randn(4, 3, 8, 8).float(), torch.tensor(2)
     t, s, t_step = mcm.draw_times(4, N, 8, u=torch.tensor([[0.1, 0.6, 0.9, 0.2]] * 2))
-    loss = train_cifar.step_loss(net, teacher, settings, "tune", None, x, eps, None, t, N=N, s=s,
+    loss = train_cifar.step_loss(net, teacher, settings, "tuned", None, x, eps, None, t, N=N, s=s,
                                  t_step=t_step)
     asked = mcm.consistency_loss(mcm.make_f(net, steps=N), x / 127.5 - 1, eps, t, s, t_step,
                                  teacher=mcm.make_f(teacher), huber_eps=0.1)
@@ -767,8 +778,8 @@ def test_what_an_iteration_draws(folder):
     settings = train_cifar.read_settings(argparse.ArgumentParser(), (TINY + "--classes").split())
     settings.batch, settings.steps, settings.T = 9000, [1, 4], [8, 64]
     data, draws = train_cifar.load_data(settings), []
-    for phase, step, T in (("pretrain", 0, None), ("pretrain", 1, None), ("tune", 0, 8),
-                           ("tune", 3, 64)):
+    for phase, step, T in (("diffusion", 0, None), ("diffusion", 1, None), ("tuned", 0, 8),
+                           ("tuned", 3, 64)):
         drawn = train_cifar.draw(data, settings, phase, step)
         draws.append(drawn["eps"].sum().item())
         assert allclose(drawn["labels"].mean(0), [0.9 / 4, 0.9 * 3 / 4], atol=0.02)
@@ -778,14 +789,14 @@ def test_what_an_iteration_draws(folder):
             assert drawn["N"].unique().tolist() == [1, 4]
             assert not drawn["t_step"][drawn["N"] == 1].any()
     settings.seed = settings.seed - 1
-    draws.append(train_cifar.draw(data, settings, "tune", 3)["eps"].sum().item())
+    draws.append(train_cifar.draw(data, settings, "tuned", 3)["eps"].sum().item())
     assert len(set(draws)) == 5
 
 def test_another_command_is_refused_by_a_run(folder, capsys):
     """The same command goes on. Other settings or data do not, and both values are named."""
     train("--out run")
-    kept = Path("run/latest.pt").read_bytes()
-    last = torch.load("run/latest.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"]
+    kept = Path("run/tuned.pt").read_bytes()
+    last = torch.load("run/tuned.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"]
     assert allclose(last, 2e-3 / 6)                     # the rate has fallen
     images = np.load("few.npz")["arr_0"]
     np.savez("pixels.npz", images[::-1], 16 * ["cat", "dog", "dog", "dog"])
@@ -799,8 +810,8 @@ def test_another_command_is_refused_by_a_run(folder, capsys):
     for name in ("pixels.npz", "labels.npz"):
         shutil.move(name, "few.npz")
         assert "begun with few.npz-" in refusal("train_cifar", TINY + "--out run", capsys)
-    assert Path("run/latest.pt").read_bytes() == kept
-    assert "tuned" in refusal("train_cifar", TINY + "--init run/latest.pt", capsys)
+    assert Path("run/tuned.pt").read_bytes() == kept
+    assert "tuned" in refusal("train_cifar", TINY + "--init run/tuned.pt", capsys)
     other = "--init run/diffusion.pt --classes"         # made without classes
     assert "--init" in refusal("train_cifar", TINY + other, capsys)
 
@@ -816,10 +827,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
     with pytest.raises(SystemExit, match="iteration 4: .*not finite.*is kept"):
         train("--out other --init run/diffusion.pt --stages 3")
     assert stages == [0, 0, 1, 1]                       # ECT's, though MCT has no use for it
-    assert torch.load("other/latest.pt", weights_only=True)["step"] == 2
+    assert torch.load("other/tuned.pt", weights_only=True)["step"] == 2
     factors[:] = [math.inf, 1, 1, 1]
     train("--out other --init run/diffusion.pt --stages 3 --precision fp16")  # goes on
-    state = torch.load("other/latest.pt", weights_only=True)
+    state = torch.load("other/tuned.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state["net"].values())
     assert state["optimizer"]["state"][0]["step"] == 5 and state["scaler"]["scale"] == 2**15
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 0.5)
@@ -833,7 +844,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(folder, monkeypatch):
                         (train_cifar.DDPMpp, "__init__")]:
         with monkeypatch.context() as patch:
             patch.setattr(place, name, lambda self, *given, **more: misspelt)
-            for program, line in [(sample, "run/latest.pt"), (train_cifar, TINY + "--out other")]:
+            for program, line in [(sample, "run/tuned.pt"), (train_cifar, TINY + "--out other")]:
                 with pytest.raises(NameError):
                     program.main(line.split())
 
@@ -850,7 +861,7 @@ def test_labels_and_distances_of_files(folder, capsys):
         assert sorted(number.tolist()) == list(range(64))
         assert names == ["3", "7"] and labels.equal((number % 4 == 0).long())
     train("--out run --data edm.zip --classes")
-    sample.main("run/latest.pt --class 7 --n 2 --out x.npz".split())
+    sample.main("run/tuned.pt --class 7 --n 2 --out x.npz".split())
     features = torch.jit.trace(lambda x: x[:, :, 0, :12].flatten(1).float(), images[:1])
     features.save("other.ts")                                   # of 36 dimensions, as random's
     np.savez("large.npz", np.zeros((64, 32, 32, 3), np.uint8))
@@ -908,7 +919,7 @@ def test_readme_snippets():
 def test_readme_commands(folder, monkeypatch):
     """Each as it stands there, one after the other, with options behind it that make it small."""
     train("--out assets --steps 1 2 4 8 --classes")     # in place of the models with the code
-    shutil.move("assets/latest.pt", "assets/dial.pt")
+    shutil.move("assets/tuned.pt", "assets/dial.pt")
     monkeypatch.setattr(sample, "__file__", str(Path("sample.py").resolve()))
     monkeypatch.setattr(mcm, "train_toy", functools.partial(mcm.train_toy, iterations=2))
     cifar = SimpleNamespace(data=np.load("few.npz")["arr_0"], targets=64 * [0], classes=["cat"])
@@ -937,4 +948,4 @@ def test_readme_commands(folder, monkeypatch):
 @pytest.mark.skipif(not (HERE / "assets/diffusion.pt").exists(), reason="assets/ is not made yet")
 def test_the_models_that_come_with_the_code(folder):
     sample.main("--steps 1 --n 1".split())
-    assert train_cifar.load_checkpoint(HERE / "assets/diffusion.pt")[1]["method"] == "diffusion"
+    assert train_cifar.load_checkpoint(HERE / "assets/diffusion.pt")["phase"] == "diffusion"

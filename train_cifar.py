@@ -5,8 +5,8 @@
     python train_cifar.py --steps 1 2 4 8                # one network for the whole dial
     torchrun --nproc_per_node=8 train_cifar.py --steps 2
 
-A diffusion model D(x, sigma) is loaded, or trained first (phase "pretrain"). A copy of it is then
-tuned to few steps (phase "tune"). One iteration of `train`:
+A diffusion model D(x, sigma) is loaded, or trained first (phase "diffusion"). A copy of it is then
+tuned to few steps (phase "tuned"). One iteration of `train`:
 
     draw            from (seed, phase, iteration) alone: images, noise, times, dropout seeds
     no gradient     the teacher's guess at t (mcd), then the network's own guess at the earlier time
@@ -14,10 +14,7 @@ tuned to few steps (phase "tune"). One iteration of `train`:
     compare         step_loss: mcm.v_loss, mcm.consistency_loss or ect.ect_loss -> [B]
     update          RAdam, with a learning rate that falls to 0 and, in fp16, a loss scale
     average         ema <- ema + (1 - decay) (net - ema): the weights that are sampled
-    log, save       every 100 and every --save-every iterations: metrics.jsonl, latest.pt, samples
-
-In reading order: settings; the network, EDM's DDPM++; data; EDM's published weights; one iteration
-and the loop; the report; main; what main needs.
+    log, save       every 100 and every --save-every iterations: a line, a checkpoint, samples
 """
 import argparse, contextlib, copy, hashlib, io, json, os, pickle, signal, sys, time
 from datetime import timedelta
@@ -49,11 +46,8 @@ def number(kind, low, high):
         return kind(text)
     return numeric
 
-# How argparse reads a setting.
 COUNT = dict(type=number(int, 1, 10**9))
-NATURAL = dict(type=number(int, 0, 2**32))
 RATIO = dict(type=number(float, 0, 1))
-REAL = dict(type=number(float, -1e6, 1e6))
 SIZE = dict(type=number(float, 0, 1e6))
 SWITCH = dict(action=argparse.BooleanOptionalAction)
 TEXT = {}
@@ -64,7 +58,6 @@ TEXT = {}
 # and stages, and a nearly squared error, which a few iterations learn better than a norm.
 SETTINGS = [
     # name, how it is read, preset shapes, preset cifar10, what it is
-    # What is done.
     ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "all else"),
     ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one for all"),
     ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
@@ -88,7 +81,7 @@ SETTINGS = [
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
     ("stages", COUNT, 3, 1, "ect: stages of the curriculum, of equal length"),
-    ("p_mean", REAL, 0.0, -1.1, "ect: mean of ln t"),
+    ("p_mean", dict(type=float), 0.0, -1.1, "ect: mean of ln t"),
     ("p_std", SIZE, 2.5, 2.0, "ect: standard deviation of ln t"),
     ("c", SIZE, 50.0, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
     ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
@@ -96,7 +89,7 @@ SETTINGS = [
     ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "network"),
     ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
     ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
-    ("seed", NATURAL, 0, 0, "of all that is random"),
+    ("seed", dict(type=number(int, 0, 2**32)), 0, 0, "of all that is random"),
     # The measurement.
     ("features", TEXT, "random", "inception", "or a TorchScript file"),
     ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "images to measure"),
@@ -111,29 +104,19 @@ NETS = {"shapes": dict(mult=(1, 2, 2), blocks=1, attention=(), patch=2), "cifar1
 def read_settings(parser, arguments):
     """The command line -> all settings, a namespace. InputError for what does not go together."""
     for name, how, shapes, cifar10, text in SETTINGS:
-        parser.add_argument("--" + name.replace("_", "-"), **how, default=argparse.SUPPRESS,
+        parser.add_argument("--" + name.replace("_", "-"), **how,
                             help=f"{text} (shapes: {shapes}, cifar10: {cifar10})")
-    given = vars(parser.parse_args(arguments))
+    settings = parser.parse_args(arguments)
+    settings.preset = settings.preset or choose_preset(settings.data)
 
-    # With --data but no --preset it is "shapes", on a GPU too: its settings suit small runs.
-    preset = given.get("preset")
-    if preset is None and "data" in given:
-        preset = "shapes"
-    if preset is None:
-        preset = choose_preset()
-
-    # What is not given is the preset's. Its diffusion model fits only its own data and network.
-    settings = {}
+    # A preset's diffusion model fits only its own data and network.
+    other_data = settings.data not in (None, settings.preset)
+    if settings.init is None and (other_data or settings.width or settings.classes):
+        settings.init = "none"
     for name, how, shapes, cifar10, text in SETTINGS:
-        settings[name] = shapes
-        if preset == "cifar10":
-            settings[name] = cifar10
-    for name in ("data", "width", "classes"):
-        if given.get(name, settings[name]) != settings[name]:
-            settings["init"] = "none"
-    settings = SimpleNamespace(**{**settings, **given})
+        if getattr(settings, name) is None:
+            setattr(settings, name, {"shapes": shapes, "cifar10": cifar10}[settings.preset])
 
-    # What does not go together.
     if settings.width not in (8, 16) and settings.width % 32:
         raise InputError("--width: 8, 16 or a multiple of 32, for groups of channels")
     if settings.segmented and (settings.method != "ect" or len(settings.steps) > 1):
@@ -142,27 +125,26 @@ def read_settings(parser, arguments):
         raise InputError(f"--batch {settings.batch}: not a multiple of {WORLD} processes")
     return settings
 
-def choose_preset():
+def choose_preset(data):
     """cifar10 on a GPU if its files can be had, else shapes, with the reason in two lines."""
+    if data not in (None, "cifar10"):
+        return "shapes"                         # its settings suit small runs, on a GPU too
     try:
         if DEVICE.type == "cpu":
             raise InputError("there is no GPU here")
         fid.download(*EDM)
         fid.download(*fid.INCEPTION)
         fid.read_images("cifar10")
+        return "cifar10"
     except InputError as error:
-        say(f"preset shapes (small images and network, a short run), because {error}")
-        say("for CIFAR-10: --preset cifar10 (an hour on a GPU, days on a laptop)")
+        say(f"preset shapes (small images and network, a short run), because {error}\n"
+            "for CIFAR-10: --preset cifar10 (an hour on a GPU, days on a laptop)")
         return "shapes"
-    return "cifar10"
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
 
 def hash32(h):
-    """Mixes the 32 bits of h, int64 of any shape: each bit of the result depends on all of them.
-
-    A known integer hash: twice xor with its upper half and times a constant, and a last xor.
-    """
+    """Mixes the 32 bits of h, int64 of any shape: each bit of the result depends on all of them."""
     for _ in range(2):
         h = (((h >> 16) ^ h) * 0x45D9F3B) % 2**32           # the product stays below 2^63
     return (h >> 16) ^ h
@@ -180,7 +162,6 @@ def dropout(x, p, seed, layer):
     return x * keep / (1 - p)
 
 def group_norm(channels):
-    """With at least 4 channels in a group, and at most 32 groups."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 def conv(c_in, c_out, kernel):
@@ -222,8 +203,8 @@ class Block(nn.Module):
         # Plus the way around them. The factor keeps the variance of a sum of two.
         x = (self.conv1(h) + self.skip(self.resample(x))) * 0.5**0.5
         if self.attention:
-            # Attention of all pixels to all, with one head, and again a sum. In the published
-            # weights the channels are interleaved: q, k, v of channel 0, of channel 1, ...
+            # Of all pixels to all, with one head. In the published weights the channels are
+            # interleaved: q, k, v of channel 0, of channel 1, ...
             qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))
             q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()   # each [B, 1, H W, C]
             a = F.scaled_dot_product_attention(q, k, v)
@@ -243,7 +224,7 @@ class DDPMpp(nn.Module):
         self.patch, self.classes = patch, classes
         c_emb = 4 * width
 
-        # The ways into the embedding: noise level, label, EDM's augmentation, segment.
+        # The ways into the embedding: noise level, label, EDM's augmentation, segment (ours).
         frequencies = (1 / 10000) ** (torch.arange(width // 2).float() / (width // 2 - 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
         if classes:
@@ -252,7 +233,7 @@ class DDPMpp(nn.Module):
             self.map_augment = nn.Linear(augment_dim, width, bias=False)
         self.map_layer0 = nn.Linear(width, c_emb)
         self.map_layer1 = nn.Linear(c_emb, c_emb)
-        if segments:                    # ours
+        if segments:
             self.map_segment = nn.Embedding(segments, c_emb)
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
@@ -407,22 +388,24 @@ def shapes(n=20_000, size=32):
     return torch.cat(images).round().byte(), labels, ["disc", "square", "triangle"]
 
 def load_data(settings):
-    """--data -> images, labels, class_names (empty without --classes), a name of its own."""
-    if settings.data == "shapes":
+    """--data -> a namespace: images, labels, class_names (empty without --classes), name."""
+    name = settings.data
+    if name == "shapes":
         images, labels, class_names = shapes()
     else:
-        images, labels, class_names = fid.read_images(settings.data)
+        images, labels, class_names = fid.read_images(name)
     n, _, height, width = images.shape
     if height != width or height % 16 or n < 8:
-        raise InputError(f"--data {settings.data}: needs 8 square images, of 16, 32, ... pixels")
+        raise InputError(f"--data {name}: needs 8 square images, of 16, 32, ... pixels")
     if settings.classes and not class_names:
-        raise InputError(f"--classes: {settings.data} has no classes, leave it out")
-    name = settings.data
+        raise InputError(f"--classes: {name} has no classes, leave it out")
+    if not settings.classes:
+        class_names = []
     if name not in ("shapes", "cifar10"):       # two folders may have one name
-        pixels, numbers = images.numpy().tobytes(), labels.numpy().tobytes()
-        name = f"{Path(name).name}-{hashlib.sha256(pixels + numbers).hexdigest()[:6]}"
+        content = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
+        name = f"{Path(name).name}-{content.hexdigest()[:6]}"
     return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), name=name,
-                           class_names=class_names if settings.classes else [])
+                           class_names=class_names)
 
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
 # EDM's and ECT's files are pickles: programs that import names and call them. Ours imports nothing.
@@ -450,11 +433,13 @@ class Inert(nn.Module):
 def rebuild_tensor(storage, offset, size, stride, *ignored):
     return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
 
-INERT = ("torch_utils.persistence _reconstruct_persistent_obj", "builtins getattr",
-         "torch.nn.modules.container ModuleDict", "numpy dtype",
-         "numpy.core.multiarray scalar", "numpy._core.multiarray scalar")
 ALLOWED = {
-    **dict.fromkeys(INERT, Inert),
+    "torch_utils.persistence _reconstruct_persistent_obj": Inert,
+    "torch.nn.modules.container ModuleDict": Inert,
+    "builtins getattr": Inert,
+    "numpy dtype": Inert,
+    "numpy.core.multiarray scalar": Inert,
+    "numpy._core.multiarray scalar": Inert,
     "torch._utils _rebuild_parameter": lambda tensor, *ignored: tensor,
     "torch._utils _rebuild_tensor_v2": rebuild_tensor,
     "torch.storage _load_from_bytes": lambda b: torch.load(io.BytesIO(b), weights_only=True),
@@ -491,7 +476,7 @@ def draw(data, settings, phase, step):
     number of processes, and a run that was killed goes on as if it had not been.
     """
     device, batch = data.images.device, settings.batch
-    entropy = np.random.SeedSequence([settings.seed, int(phase == "tune"), step])
+    entropy = np.random.SeedSequence([settings.seed, int(phase == "tuned"), step])
     seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1
     chance = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
 
@@ -503,11 +488,10 @@ def draw(data, settings, phase, step):
     if data.class_names:
         # One in ten is trained without its label, so that the model can be guided (mcm.guided).
         kept = torch.rand(batch, 1, **chance) > 0.1
-        labels = F.one_hot(data.labels[index], len(data.class_names))
-        drawn["labels"] = labels * kept.float()
+        drawn["labels"] = F.one_hot(data.labels[index], len(data.class_names)) * kept.float()
 
     # Times: cosine's t, ECT's t, or those of MCM's Algorithm 1 for an N of --steps.
-    if phase == "pretrain":
+    if phase == "diffusion":
         drawn["t"] = torch.rand(batch, **chance)
     elif settings.method == "ect":
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **chance)
@@ -527,8 +511,8 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
     x: uint8 [B, 3, H, W]; stage: ECT's, a tensor []; the rest: as `draw` drew it.
     """
     x = x.float() / 127.5 - 1
-    if phase == "pretrain":
-        # A diffusion model: the limit T = N, where the target is x. Nearly a squared error.
+    if phase == "diffusion":
+        # The limit T = N, where the target is x. Nearly a squared error.
         alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
         z_t = alpha * x + sigma * eps
         x_hat = mcm.make_f(net, labels=labels, seed=seed)(z_t, t)
@@ -553,12 +537,15 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
 # ---- The loop ------------------------------------------------------------------------------------
 
 def train(net, teacher, data, settings, phase):
-    """Trains `net` in phase "pretrain", or "tune" (where mcd needs a teacher) -> its average."""
-    out = Path(settings.out)
+    """Trains `net`, phase "diffusion" or "tuned" (where mcd needs a teacher) -> its average.
+
+    {phase}.pt in the run's folder holds the whole state. The same call goes on from there.
+    """
+    path = Path(settings.out, f"{phase}.pt")
     iters, peak_lr = settings.iters, settings.lr
-    if phase == "pretrain":
+    if phase == "diffusion":
         iters, peak_lr = settings.pretrain_iters, settings.pretrain_lr
-    net.to(DEVICE, memory_format=torch.channels_last).train().requires_grad_(True)
+    net.to(DEVICE, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.RAdam(net.parameters(), foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
@@ -567,25 +554,20 @@ def train(net, teacher, data, settings, phase):
     loss_of = torch.compile(step_loss, fullgraph=True, mode="reduce-overhead",
                             disable=not settings.compile)
 
-    # Restore, if the run was stopped in this phase.
+    # Restore. This copies tensors to the GPU, all but RAdam's counter, which stays on the CPU.
     parts = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
     first = 0
-    if (out / "latest.pt").exists():
-        # Load to the CPU. load_state_dict then copies tensors to the GPU, all but RAdam's counter
-        # of steps, which has to stay on the CPU.
-        saved = torch.load(out / "latest.pt", map_location="cpu", weights_only=True)
-        if saved["phase"] == phase:
-            first = saved["step"]
-            for name, part in parts.items():
-                if saved[name]:                 # the scaler has a state in fp16 only
-                    part.load_state_dict(saved[name])
+    if path.exists():
+        saved = load_checkpoint(path)
+        first = saved["step"]
+        for name, part in parts.items():
+            if saved[name]:                     # the scaler has a state in fp16 only
+                part.load_state_dict(saved[name])
     say(f"{phase}: {iters} iterations, {first} of them done")
 
-    # Ctrl-C only asks: the loop saves, then stops. (torchrun ends its processes at once.)
+    # Ctrl-C only asks: the loop saves, then stops.
     asked_to_stop = []
-    if WORLD == 1:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *ignored: asked_to_stop.append(True))
+    signal.signal(signal.SIGINT, lambda *ignored: asked_to_stop.append(True))
 
     losses, clock = [], time.time()             # since the last line of the log
     for step in range(first, iters):
@@ -595,13 +577,12 @@ def train(net, teacher, data, settings, phase):
         stage = torch.full((), ect.stage_at(step, iters, settings.stages), device=DEVICE)
 
         # Forward and backward. The gradients of all processes are added up.
-        loss = loss_of(net, teacher, settings, phase, stage, **share).mean() / WORLD
-        scaler.scale(loss).backward()
+        loss = loss_of(net, teacher, settings, phase, stage, **share).mean()
+        scaler.scale(loss / WORLD).backward()
         losses.append(loss.detach().clone())    # CUDA graphs write over their results
-        if WORLD > 1:
-            for p in net.parameters():
-                if p.grad is not None:
-                    dist.all_reduce(p.grad)
+        for p in net.parameters():
+            if WORLD > 1 and p.grad is not None:
+                dist.all_reduce(p.grad)
 
         # Update the weights. In fp16, an iteration that overflows is skipped.
         optimizer.param_groups[0]["lr"] = peak_lr * (1 - step / iters)
@@ -614,111 +595,93 @@ def train(net, teacher, data, settings, phase):
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
         average(list(ema.parameters()), list(net.parameters()), step)
 
-        # The first iteration compiles. Say how long that took, and do not count it.
+        # Log. The host waits for the device here, when it saves and, in fp16, in scaler.step.
         done = step + 1
         if settings.compile and step == first:
             losses[0].item()                    # waits for the device
             say(f"compiled in {time.time() - clock:.0f} s")
-            losses, clock = [], time.time()
-
-        # Log. The host waits for the device here, when it saves and, in fp16, in scaler.step.
+            losses, clock = [], time.time()     # which does not count
         elif done % 100 == 0 or done == iters:
-            loss = torch.stack(losses).mean()
-            if WORLD > 1:
-                dist.all_reduce(loss)
-            loss = loss.item()
+            loss = torch.stack(losses).mean().item()
             speed = len(losses) * settings.batch / (time.time() - clock)
             left = timedelta(seconds=int((iters - done) * settings.batch / speed))
             say(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left} left")
-            if RANK == 0:
-                row = dict(phase=phase, step=done, loss=loss, images_per_second=speed)
-                with open(out / "metrics.jsonl", "a") as file:
-                    print(json.dumps(row), file=file)
             losses, clock = [], time.time()
+            if RANK == 0:
+                with open(path.with_name("metrics.jsonl"), "a") as file:
+                    row = dict(phase=phase, step=done, loss=loss, images_per_second=speed)
+                    print(json.dumps(row), file=file)
 
-        # Save the state and some samples, or stop here and keep the last good state.
+        # Save the state and some samples, or stop and keep the last good state.
         if done % settings.save_every == 0 or done == iters or asked_to_stop:
             # A scale below 1 means that fp16 overflows at every scale.
             finite = all(p.isfinite().all() for p in net.parameters())
             if not finite or scaler.get_scale() < 1:
                 sys.exit(f"error: {phase}, iteration {done}: weights or losses not finite; the "
-                         "last latest.pt is kept, try a smaller --lr or another --precision")
+                         f"last {path} is kept, try a smaller --lr or another --precision")
             if RANK == 0:
-                save_checkpoint("latest.pt", data, settings, phase, step=done, **parts)
-                how = how_to_sample(settings, phase)
-                grid = samples(ema, how["sampler"], max(how["steps"]), 32, data, settings)
-                with atomic(out / f"samples-{phase}-{done:06d}.png") as part:
+                save_checkpoint(path, data, settings, phase, done, parts)
+                sampler, steps = how_to_sample(settings, phase)
+                grid = sample.generate(ema, sampler, max(steps), 32, settings.seed,
+                                       labels_of(data, 32))
+                with atomic(path.with_name(f"{phase}-{done:06d}.png")) as part:
                     sample.save_grid(grid, part, columns=8)
         if asked_to_stop:
             say(f"stopped at iteration {done} and saved; the same command goes on")
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return ema
 
 # ---- What the tuning bought ----------------------------------------------------------------------
 
 def how_to_sample(settings, phase):
-    """What a checkpoint of this phase says about itself, see sample.generate.
+    """-> the sampler of this phase's network, see sample.sample_batch, and its numbers of steps."""
+    if phase == "diffusion":
+        return "heun", [18]                                             # EDM's
+    if settings.method == "ect" and not settings.segmented:
+        return "renoise", settings.steps
+    return "multistep", settings.steps
 
-    "multistep" is DDIM with the segment told, "renoise" is ECT's, with fresh noise between steps.
-    """
-    if phase == "pretrain":
-        return dict(method="diffusion", sampler="heun", steps=[18])     # EDM's
-    fresh_noise = settings.method == "ect" and not settings.segmented
-    sampler = "renoise" if fresh_noise else "multistep"
-    return dict(method=settings.method, sampler=sampler, steps=settings.steps)
-
-def samples(net, sampler, steps, n, data, settings):
-    """The first n images -> uint8 [n, 3, H, W] on the CPU, with labels of real images."""
-    images = []
-    for numbers in torch.arange(n).split(125):
-        labels = None
-        if data.class_names:
-            rows = (numbers * 7919) % len(data.labels)      # a prime: all over the data
-            labels = F.one_hot(data.labels[rows], len(data.class_names)).float()
-        x = sample.generate(net, sampler, steps, numbers.tolist(), settings.seed, labels)
-        images.append(sample.to_uint8(x).cpu())
-    return torch.cat(images)
+def labels_of(data, n):
+    """Labels of n real images, to sample with -> [n], or None without --classes."""
+    if data.class_names:
+        return data.labels[torch.arange(n) * 7919 % len(data.labels)]   # a prime: all over them
 
 def report(diffusion, tuned, data, settings, extractor):
     """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png.
 
     The distances are from the whole data set. The floor is that of n real images from n others.
     """
-    out = Path(settings.out)
     n = settings.fd_samples
     real = data.images.cpu()
     statistics = fid.statistics_of(real, extractor)
-    fid.save_statistics(out / "reference.npz", statistics, extractor, real.shape[2:])
+    fid.save_statistics(Path(settings.out, "reference.npz"), statistics, extractor.of(real))
     floor = fid.floor_of(real, extractor, n)
     metric = fid.metric_name(extractor.name, n)
     say(f"\n{data.name}: {metric}; real images have {floor:.2f}\n"
         "model      steps  evaluations  distance  images/s")
-
     # At N steps before and after the tuning, and the diffusion model at its best.
-    sampler = how_to_sample(settings, "tune")["sampler"]
-    table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
-    table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
-    table += [("diffusion", diffusion, "heun", 18, 35)]
+    table = [("diffusion", "ddim", N, N) for N in settings.steps]
+    sampler, _ = how_to_sample(settings, "tuned")
+    table += [(settings.method, sampler, N, N) for N in settings.steps]
+    table += [("diffusion", "heun", 18, 35)]
     rows, pictures = [], []
-    for method, net, sampler, steps, nfe in table:      # nfe: evaluations of the network
+    for method, sampler, steps, nfe in table:               # nfe: evaluations of the network
+        net = diffusion if method == "diffusion" else tuned
         start = time.time()
-        images = samples(net, sampler, steps, n, data, settings)
+        images = sample.generate(net, sampler, steps, n, settings.seed, labels_of(data, n))
         speed = n / (time.time() - start)
         made = fid.statistics_of(images, extractor)
         distance = fid.frechet_distance(made.mean, made.cov, statistics.mean, statistics.cov)
         say(f"{method:<10} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}")
-        model = "diffusion" if net is diffusion else "tuned"
-        rows.append(dict(model=model, method=method, steps=steps, nfe=nfe, metric=metric,
-                         distance=distance, features=extractor.name, n=n, floor=floor,
-                         images_per_second=speed))
+        rows.append(dict(method=method, steps=steps, nfe=nfe, metric=metric, distance=distance,
+                         floor=floor, features=extractor.name, n=n, images_per_second=speed))
         pictures.append(images[:10])
-    with atomic(out / "result.json") as part:
+    with atomic(Path(settings.out, "result.json")) as part:
         part.write_text(json.dumps(rows, indent=1))
-    with atomic(out / "dial.png") as part:                      # the rows of the table
+    with atomic(Path(settings.out, "dial.png")) as part:
         sample.save_grid(torch.cat(pictures), part, columns=10)
-    say(f"pictures, a row for each line: {out / 'dial.png'}")
+    say(f"pictures, a row for each line: {settings.out}/dial.png")
 
 # ---- All of it -----------------------------------------------------------------------------------
 
@@ -755,17 +718,15 @@ def main(arguments=None):
         torch.manual_seed(settings.seed)
         net = UNet(settings.width, **NETS[settings.preset], dropout=settings.dropout,
                    classes=len(data.class_names), resolution=data.images.shape[-1])
-        diffusion = train(net, None, data, settings, "pretrain")
+        diffusion = train(net, None, data, settings, "diffusion")
     diffusion.to(DEVICE).eval().requires_grad_(False)
-    if RANK == 0:
-        save_checkpoint("diffusion.pt", data, settings, "pretrain", ema=diffusion)
 
     # Tune a copy. Its embedding of the segment is zero at first and changes nothing.
     most = max(settings.steps)
     segments = most * (most + 1) // 2           # rows of mcm.segment's table
     net = UNet(**dict(diffusion.arguments, dropout=settings.dropout, segments=segments))
     net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
-    tuned = train(net, diffusion, data, settings, "tune")
+    tuned = train(net, diffusion, data, settings, "tuned")
     if RANK == 0:
         report(diffusion, tuned, data, settings, extractor)
     if WORLD > 1:
@@ -784,83 +745,73 @@ def atomic(path):
     yield part
     part.replace(path)
 
-def save_checkpoint(name, data, settings, phase, step=None, **parts):
-    """One file of tensors and plain values, with all that sample.py needs. parts: ema, net, ..."""
-    state = {key: part.state_dict() for key, part in parts.items()}
-    state.update(arguments=parts["ema"].arguments, phase=phase, step=step, data=data.name,
-                 class_names=data.class_names, settings=vars(settings))
-    state.update(how_to_sample(settings, phase))
-    with atomic(Path(settings.out, name)) as file:
+def save_checkpoint(path, data, settings, phase, step, parts):
+    """One file of tensors and plain values: parts (ema, net, ...) and all that sample.py needs."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    sampler, steps = how_to_sample(settings, phase)
+    state.update(arguments=parts["ema"].arguments, phase=phase, step=step, sampler=sampler,
+                 steps=steps, class_names=data.class_names, settings=vars(settings))
+    with atomic(path) as file:
         torch.save(state, file)
 
 def load_checkpoint(path):
-    """A file of save_checkpoint -> its averaged network in eval mode, and all of its dict."""
+    """A file of save_checkpoint -> its dict, on the CPU."""
     try:
-        state = torch.load(path, map_location=DEVICE, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        state = {}
-    if not isinstance(state, dict) or "sampler" not in state:
-        raise InputError(f"{path}: damaged, or not a checkpoint of this version")
-    net = UNet(**state["arguments"]).to(DEVICE)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["sampler"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged, or no checkpoint of this version") from error
+    return state
+
+def load_network(state):
+    """A dict of load_checkpoint -> its averaged network, in eval mode."""
+    net = UNet(**state["arguments"])
     net.load_state_dict(state["ema"])
-    return net.eval(), state
+    return net.to(DEVICE).eval()
 
 def open_run(settings, data):
-    """Opens the folder of the run -> its diffusion model, or None if it has to be trained.
+    """Opens the folder of the run -> the diffusion model of --init, or None: train one.
 
-    Sets settings.out to the folder and settings.data to the data's name. InputError if the folder
-    holds a run of other settings or data.
+    InputError if the folder holds a run of other settings or data, or the model does not fit.
     """
     steps = "-".join(map(str, settings.steps))
     settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
     settings.data = data.name
-    out = Path(settings.out)
-    begun = out / "settings.json"
-
-    # The same command goes on with the run. Any other must not mix with it.
-    if (out / "latest.pt").exists() or (out / "diffusion.pt").exists():
-        for name, before in json.loads(begun.read_text()).items():
+    for path in Path(settings.out).glob("*.pt"):
+        for name, before in load_checkpoint(path)["settings"].items():
             now = getattr(settings, name)
             if now != before and name not in MAY_CHANGE:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option}: {out} was begun with {before}, not with {now}; "
-                                 "give another --out, or delete that folder")
-    diffusion = load_init(out / "diffusion.pt", settings.init, data)
-    out.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        with atomic(begun) as part:
-            part.write_text(json.dumps(vars(settings), indent=1))
-    return diffusion
+                raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
+                                 f"{before}, not {now}; give another --out, or delete that folder")
+    net = load_init(settings.init)
+    if net is not None:
+        its = net.image_shape[-1], net.model.classes
+        wanted = data.images.shape[-1], len(data.class_names)
+        if its != wanted:
+            raise InputError(f"--init: {settings.init} has (side, classes) {its}, not {wanted}")
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+    return net
 
-def load_init(own, init, data):
-    """The run's own diffusion model or, in a new run, that of --init; None: to be trained."""
-    # Which file?
-    if own.exists():
-        init = own
-    elif init == "none":
+def load_init(init):
+    """--init -> a diffusion model, or None."""
+    if init == "none":
         return None
-    elif init == "shapes":
+    if init == "shapes":
         init = Path(__file__).parent / "assets/diffusion.pt"
     elif init == "edm":
         init = fid.download(*EDM)
         say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor their offspring")
-
-    # What is in it, and does it fit the data?
     if Path(init).suffix == ".pkl":
         weights, arguments = load_edm(init)
         net = UNet(**arguments)
         if weights.keys() != net.state_dict().keys():
             raise InputError(f"{init}: its network is not EDM's DDPM++")
         net.load_state_dict(weights)
-    else:
-        net, state = load_checkpoint(init)
-        if state["method"] != "diffusion":
-            raise InputError(f"--init {init}: tuned already, give a diffusion model")
-    its = net.image_shape[-1], net.model.classes
-    wanted = data.images.shape[-1], len(data.class_names)
-    if its != wanted:
-        raise InputError(f"--init {init}: has (side, classes) {its}, the data {wanted}")
-    return net
+        return net
+    state = load_checkpoint(init)
+    if state["phase"] != "diffusion":
+        raise InputError(f"--init {init}: tuned already, give a diffusion model")
+    return load_network(state)
 
 if __name__ == "__main__":
     main()
