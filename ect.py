@@ -1,7 +1,7 @@
 """Easy Consistency Tuning (Geng et al., "Consistency Models Made Easy", arXiv 2406.14548).
 
-Train f(z_t, t) to equal f(z_r, r) for an r below t. For r = 0 this trains a diffusion model. So
-start from a pretrained one, and move r towards t as training goes on. What changes against mcm.py:
+Train f(z_t, t) to equal f(z_r, r) for an r below t. For r = 0 the target is x: a diffusion model.
+So start from a pretrained one, and move r towards t as training goes on. Compared with mcm.py:
 
                   MCM                                   ECT
     times         a grid of T steps in [0, 1]           t log-normal, r a function of t and stage
@@ -24,8 +24,8 @@ import mcm
 # The authors' recipes for CIFAR-10 start from EDM's unconditional VP weights. Both use RAdam at a
 # constant 1e-4, batch 128, dropout 0.2, c = 0, no flips. Their 2-step FIDs stand at the right.
 #   8,000 iterations      q = 256, one stage                     ema 0.9993   2.73 (one A100 hour)
-#   200,000 iterations    q = 2, a stage in 25,000 iterations    ema 0.9999   2.15
-# train_cifar.py --preset cifar10 --method ect is the first, but its learning rate falls to 0.
+#   200,000 iterations    q = 2, 8 stages of 25,000 iterations   ema 0.9999   2.15
+# train_cifar.py --preset cifar10 --method ect is like the first, but the learning rate falls to 0.
 
 MID_SIGMA = 0.821       # the start of their second step: 80 -> x, then x + 0.821 eps -> x
 
@@ -38,13 +38,13 @@ def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
     return (p_mean + p_std * torch.randn(batch, generator=generator, device=device)).exp()
 
 def relative_gap(t, stage, q=2, k=8, b=1):
-    """(t - r) / t = n(t) / q^(stage + 1), at most 1, with n(t) = 1 + k sigmoid(-b t) -> like t.
+    """(t - r) / t = n(t) / q^(stage + 1), at most 1, in t's shape; n(t) = 1 + k sigmoid(-b t).
 
     The functions below start from this, because the difference t - r cancels: for q = 256 in
-    float32 it is up to 60% off at stage 2, and 0 at stage 3. float(q): 256^8 overflows an int64.
+    float32 it is up to 100% off at stage 2, and 0 at stage 3.
     """
     n = 1 + k * torch.sigmoid(-b * t)
-    return (n / float(q) ** (stage + 1)).clamp(max=1)
+    return (n / float(q) ** (stage + 1)).clamp(max=1)   # as an int64, 256^8 would overflow
 
 def t_to_r(t, stage, q=2, k=8, b=1):
     """r = max(0, t (1 - n(t) / q^(stage + 1))), in t's shape and dtype."""
@@ -77,14 +77,15 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     z_t = x + mcm.per_sample(t, x) * eps
     z_r = x + mcm.per_sample(r, x) * eps
 
-    # (3) The target, as in MCM. With edge 0, both jumps go down to 0 and it is D(z_r, r) itself,
+    # (3) The target, as in MCM. With edge 0 both jumps go down to 0, so the target is D(z_r, r),
     #     without gradient; where r = 0, it is x.
     target = mcm.consistency_target(denoise, z_r, z_t, t, r, edge, mcm.edm)
 
     # (4) The two guesses are compared where they land at the edge: x_hat + edge / t (z_t - x_hat).
     #     There they differ by (1 - edge / t) times their difference in x. With edge 0, that is 1.
-    #     Just above an inner edge, r = edge and the target is x. The error D - x stays finite, but
-    #     is divided by t - edge, whose inverse has an infinite integral. The factor cancels it.
+    #     Just above an inner edge, r = edge and the target is x. There D - x stays finite, while
+    #     (5) divides by t - edge, and 1 / (t - edge) has an infinite integral. The factor, which
+    #     is (t - edge) / t, cancels that.
     difference = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.
@@ -94,11 +95,12 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
 
 def main():
     """Prints r for some t, in some stages of both recipes."""
+    torch.set_printoptions(precision=4, sci_mode=False, linewidth=100)
     t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
-    print("t                " + "".join(f"{value:9.4g}" for value in t))
-    for q, stage in ((2, 0), (2, 1), (2, 2), (2, 3), (2, 5), (2, 7), (256, 0)):
-        r = t_to_r(t, stage, q)
-        print(f"r, q {q:>3}, stage {stage}" + "".join(f"{value:9.4g}" for value in r))
+    print("t                 ", t)
+    for stage in (0, 1, 2, 3, 5, 7):
+        print(f"r, q 2, stage {stage}  ", t_to_r(t, stage))
+    print("r, q 256, stage 0 ", t_to_r(t, 0, q=256))
 
 if __name__ == "__main__":
     main()

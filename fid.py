@@ -5,13 +5,14 @@
 
 First the images to judge, then the real ones: a folder, a .zip, an .npz (arr_0: uint8 NHWC),
 cifar10 (its training set) or, for the real ones, an .npz of statistics (mu, sigma). The floor
-beside a distance is what two sets of real images have.
+beside a distance is the distance between two sets of real images.
 
-What a published FID is, and why each part matters:
+What a published FID is, and why each part matters. (By how much features move: the largest change
+on two test images, of features up to 39.)
 1. Features of the Inception graph of 2015. Other weights or other pooling are another measure.
 2. TensorFlow 1's resize to 299 x 299. Half a pixel of offset moves features by 0.8.
 3. n = 50,000. With fewer images the distance is too large: about 30 at n = 2,000, even between
-   real images. So all else is called FD(features)@n here, and only that is called FID.
+   real images. So only the FID of 50,000 is called FID here, and any other FD(features)@n.
 4. The unbiased covariance (n - 1). Dividing by n is another number when n is small.
 """
 import argparse, hashlib, json, sys, time, zipfile, zlib
@@ -62,7 +63,6 @@ def resize_tf1(images):
 
 # TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave the padding
 # out (counting it moves features by 2.5). The last block takes the maximum (9.6 for the average).
-# BatchNorm's eps is 1e-3 in both; PyTorch's usual 1e-5 would move features by 0.7.
 AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 # Below, the forward passes of the three blocks that have such a branch, spelled out.
@@ -106,7 +106,7 @@ class InceptionFID(inception.Inception3):
     def forward(self, images):
         # TensorFlow's graph normalises by 128. With v / 127.5 - 1, features would move by 0.2.
         x = (resize_tf1(images) - 128) / 128
-        for part in list(self.children())[:-1]:         # without fc, there for its keys
+        for part in list(self.children())[:-1]:         # all but fc, which is there for its keys
             x = part(x)
         return x.flatten(1)
 
@@ -123,8 +123,8 @@ class InceptionFID(inception.Inception3):
 def random_features(images):
     """uint8 [N, 3, H, W] -> [N, 36]: colours, and energies of random filters. No download.
 
-    They are few because the floor grows with their number. Nothing is strided before it is
-    measured, so that grain is seen. The weights were chosen on CIFAR-10.
+    They are few because the floor grows with their number. At full size nothing is strided, so
+    that grain is seen. The factors 24 and 8 were chosen on CIFAR-10.
     """
     x = images.float() / 127.5 - 1
     rng = np.random.default_rng(2)
@@ -160,8 +160,8 @@ class Extractor:
             content = hashlib.sha256(Path(spec).read_bytes())
             self.name = f"{Path(spec).stem}-{content.hexdigest()[:6]}"
 
-    def of(self, images):
-        """What distances can be compared: features and, but for Inception, the images' size."""
+    def made_by(self, images):
+        """Only equals compare: the features and, but for Inception, the size of the images."""
         if self.name == "inception":
             return self.name
         return f"{self.name} of {images.shape[2]}x{images.shape[3]} pixels"
@@ -205,7 +205,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     if len(mean1) != len(mean2):
         raise InputError(f"features have {len(mean1)} and {len(mean2)} dimensions")
 
-    # R from the eigenvalues of cov1. For n <= d some are 0, and arrive as rounding.
+    # R from the eigenvalues of cov1. For n <= d some are 0, and come out as rounding errors.
     values, vectors = torch.linalg.eigh(cov1)
     values = values.where(values > 1e-12 * values[-1], 0)
     root = vectors * values.sqrt()
@@ -214,7 +214,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return distance.clamp(min=0).item()
 
 def statistics_of(images, extractor, rows=None):
-    """uint8 [n, 3, H, W], and which of them (None: all) -> Statistics, with the time left."""
+    """uint8 [n, 3, H, W], and which of them (None: all) -> Statistics. Shows the time left."""
     if rows is None:
         rows = torch.arange(len(images))
     statistics, start = Statistics(), time.perf_counter()
@@ -243,7 +243,7 @@ def metric_name(features, n):
     return f"FD({features})@{n}"
 
 def save_statistics(path, statistics, made_by):
-    """Writes an .npz with what made it (Extractor.of), so that nothing else is compared to it."""
+    """Writes an .npz. made_by (of the Extractor): so that nothing else is compared to it."""
     np.savez(path, mu=statistics.mean.cpu(), sigma=statistics.cov.cpu(), made_by=made_by)
 
 def load_statistics(path, made_by):
@@ -295,6 +295,7 @@ def read_files(path):
         names = [name for name in names if not name.endswith("/")]
     else:
         raise InputError(f"{path}: not found; give a folder, a .zip, an .npz or cifar10")
+    # All but the shadows that macOS leaves.
     files = [name for name in sorted(names)
              if folder.is_image_file(name) and not Path(name).name.startswith("._")]
     if not files:
@@ -348,10 +349,10 @@ def main(arguments=None):
         extractor = Extractor(args.features, "cuda" if torch.cuda.is_available() else "cpu")
         floor = float("nan")
         if args.b.endswith(".npz") and "mu" in load_arrays(args.b):
-            mean, cov = load_statistics(args.b, extractor.of(images))
+            mean, cov = load_statistics(args.b, extractor.made_by(images))
         else:
             real = read_images(args.b)[0]
-            if extractor.of(real) != extractor.of(images):
+            if extractor.made_by(real) != extractor.made_by(images):
                 raise InputError(f"{args.a} and {args.b} have images of different sizes")
             floor = floor_of(real, extractor, len(rows))
             statistics = statistics_of(real, extractor)
@@ -367,7 +368,7 @@ def main(arguments=None):
     print(f"{metric_name(extractor.name, made.n)} {distance:.4f}, n {made.n}, features "
           f"{extractor.name}, reference {args.b}, floor {floor:.4f}")
     if made.n < len(mean):
-        print(f"warning: {made.n} images for {len(mean)} features: too large")
+        print(f"warning: {made.n} images for {len(mean)} features: the distance is too large")
 
 if __name__ == "__main__":
     main()

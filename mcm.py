@@ -23,14 +23,14 @@ Symbols (B: samples in a batch; "...": any shape, such as C, H, W):
     alpha, sigma   1, t           alpha, sigma  [B, 1, ...]     the schedule at t
     t, s           t, r           t, s   (t, r) [B]             a time, and an earlier one, s < t
     t_step         0              t_step        [B]             lower edge of t's segment, <= s
-    student_steps  1              N             int, [B]        segments, and sampling steps
-    T(i)           -              T             float           teacher steps in all of [0, 1], n N
-    T / N          -              n             [] or [B]       teacher steps in each segment
+    student_steps  1              N, steps      int or [B]      segments, and sampling steps
+    T(i)           -              T             float           teacher steps in all of [0, 1]
+    T / N          -              n             [] or [B]       the same in each segment, rounded
     step           -              step          [B]             which segment, 0 .. N - 1
     n_rel          -              n_rel         [B]             which teacher step in it, 1 .. n
     f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     the x that DDIM jumps with, x_hat
-    -              D(x; sigma)    D(x, sigma)   -> [B, ...]     the same, from x0 + sigma eps
-    x_teacher      -              x_teacher     [B, ...]        the x that DDIM steps with to s
+    -              -              D(x, sigma)   -> [B, ...]     EDM's: its x is image + sigma eps
+    x_teacher      -              x_teacher     [B, ...]        the x of the DDIM step to s
     x_var          -              x_var         [B]             variance that this guess lacks
     x_ref          f(x_r, r)      x_ref         [B, ...]        f's guess at s, without gradient
 
@@ -67,8 +67,7 @@ def edm(t):
 def alpha_sigma(schedule, t, x):
     """alpha and sigma at t, a number or [B], as [1 or B, 1, ...] to broadcast against x [B, ...].
 
-    A number t becomes float32 or better, also where x is bfloat16. There sigma / alpha at t = 1
-    would be 62, not 80.
+    A number t becomes float32 or better. In bfloat16, sigma / alpha at t = 1 would be 62, not 80.
     """
     if not torch.is_tensor(t):
         t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -78,7 +77,7 @@ def alpha_sigma(schedule, t, x):
 def per_sample(value, x):
     """A number or [B] -> [1 or B, 1, ...], to broadcast against x [B, ...]."""
     value = torch.as_tensor(value, device=x.device)
-    return value.reshape(-1, *[1] * (x.ndim - 1))
+    return value.reshape([-1] + [1] * (x.ndim - 1))
 
 def mean_per_sample(x):
     """[B, ...] -> [B]."""
@@ -87,7 +86,7 @@ def mean_per_sample(x):
 # ---- Steps: x, z_t, z_s [B, ...]; t, s a number or [B], s < t ------------------------------------
 
 def ddim(x, z_t, t, s, schedule=cosine):
-    """Eq. (4): where z_t moves to from t to s, if the clean image is x -> z_s [B, ...]."""
+    """Eq. (4): z_t moved from t to s, as if x were the clean image -> z_s [B, ...]."""
     alpha_t, sigma_t = alpha_sigma(schedule, t, z_t)
     alpha_s, sigma_s = alpha_sigma(schedule, s, z_t)
     return alpha_s * x + sigma_s / sigma_t * (z_t - alpha_t * x)
@@ -119,8 +118,8 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i) at iteration i: the teacher steps in all of [0, 1], log-linear from start to end.
 
-    Few, long, biased steps come first, many short ones later. The paper anneals over the first
-    half of its 200k iterations. Set `anneal` to half of your run. The result is a float.
+    Few long steps come first: they are biased, but what f learns at an edge soon reaches t. Many
+    short ones come later. The paper anneals over the first half of its 200k iterations.
     """
     progress = min(max(i / anneal, 0.0), 1.0)
     return start * (end / start) ** progress
@@ -158,10 +157,10 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     teacher(z, t)   distillation (MCD): the teacher's guess leads. See also `guided`.
     f_ref           the reference. None: f itself. TRACT (2303.04248): an average of f.
     huber_eps       see v_loss.
-    In training, N = 1 is the loss of a consistency model and T = N that of a diffusion model.
-    f is called at s without gradient, then at t with. Autocast belongs inside f, and dropout in f
-    should have one mask for both calls. draw_times gives cosine's times. With schedule=mcm.edm,
-    give the sigma / alpha of cosine(t) in place of t, and the same for s and t_step.
+    Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
+    f is called at s without gradient, then at t with. Dropout in f should have one mask for both
+    calls. Autocast belongs inside f: around both, it would reuse weights without gradient.
+    draw_times gives cosine's times. With schedule=mcm.edm, give sigma / alpha of cosine(t) for t.
     """
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
@@ -189,13 +188,13 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
 
 @torch.no_grad()
 def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
-    """The x that jumps from z_t to the place where the reference jumps from z_s -> [B, ...].
+    """The x whose jump from z_t lands where the reference's jump from z_s lands -> [B, ...].
 
     Both jumps end at t_step. For s = t_step no jump is left, and z_s is the place itself: the
-    target of a diffusion model, eq. (8), which in training is x.
+    target of a diffusion model, eq. (8), which without a teacher is x.
     """
-    # f_ref runs on the whole batch. Where s = t_step its guess is thrown away, even a NaN. There we
-    # call it at t, because s may be a noise level of 0, where a network need not be defined.
+    # f_ref runs on the whole batch, for fixed shapes. Where s = t_step its guess is thrown away. We
+    # call it at t there, because s may be a noise level of 0, where a network need not be defined.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -217,12 +216,12 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
 def pseudo_huber(square, c):
     """sqrt(square + c^2) - c for a squared norm [B] -> [B], without cancellation.
 
-    Small c: a norm, whose minimum is a median. Large c: square / (2 c), whose minimum is a mean.
+    Small c: a norm, minimised by a median. Large c: square / (2 c), minimised by a mean.
     """
     return square / ((square + c**2 + 1e-30) ** 0.5 + c)    # 1e-30: a finite slope at 0
 
 # ---- Networks ------------------------------------------------------------------------------------
-# A network here is a denoiser D(x, sigma) -> x_hat, where x = x0 + sigma eps [B, ...], sigma [B].
+# A network is a denoiser D(x, sigma [B]) -> x_hat [B, ...]. Its x is noisy: image + sigma eps.
 
 def make_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) -> x_hat from a denoiser: f(z, t) = D(z / alpha, sigma / alpha).
@@ -237,7 +236,7 @@ def make_f(denoise, schedule=cosine, steps=None, **condition):
     return f
 
 def conditioned(denoise, steps=None, **condition):
-    """D(x, sigma) with the rest given: labels, text, ... and, if steps is N, the segment."""
+    """D(x, sigma) with the rest bound: labels, text, ... and the segment, if steps (N) is given."""
     def D(x, sigma):
         if steps is None:
             return denoise(x, sigma, **condition)
@@ -245,11 +244,11 @@ def conditioned(denoise, steps=None, **condition):
     return D
 
 def segment(sigma, steps):
-    """Which of the N segments holds the noise level sigma / alpha [B] -> int64 [B]. (Ours.)
+    """Which of the N segments holds the noise level sigma / alpha [B] -> int64 [B].
 
     The result is a row of one table for all N: row 0 is the segment of N = 1, rows 1 and 2 are
     those of N = 2, and so on. Segment `step` of N is row N (N - 1) / 2 + step.
-    A network needs to be told, because its target is discontinuous where two segments meet, and a
+    Telling it to the network is ours: its target is discontinuous where two segments meet, and a
     smooth function of sigma cannot be.
     """
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
@@ -260,7 +259,7 @@ def segment(sigma, steps):
     return (step + steps * (steps - 1) // 2).long()
 
 def guided(f, f_uncond, weight):
-    """A teacher with classifier-free guidance; weight 0 is none -> two guesses, see step (2)."""
+    """Classifier-free guidance (weight 0: none): a teacher of two guesses, see (2) above."""
     def teacher(z, t):
         x_cond = f(z, t)
         x_guided = x_cond + weight * (x_cond - f_uncond(z, t))
@@ -297,21 +296,21 @@ def train_toy(net, N=None, teacher=None, iterations=2400):
     """Tunes a copy of `net` to N steps, or trains it as a diffusion model (N None) -> net, f."""
     net = copy.deepcopy(net)
     f = make_f(net, steps=N)
-    points = torch.quasirandom.SobolEngine(5, scramble=True, seed=0)     # even
+    points = torch.quasirandom.SobolEngine(5, scramble=True, seed=0)   # evener than chance
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     for i in range(iterations):
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - i / iterations) ** 1.5
         u = points.draw(4096).clamp(1e-6, 1 - 1e-6).T
         eps = torch.special.ndtri(u[0])[:, None]
-        mode = (u[1] > 0.3).long() + (u[1] > 0.8)                       # of WEIGHTS
+        mode = (u[1] > 0.3).long() + (u[1] > 0.8)                       # by WEIGHTS
         x = (MEANS[mode] + STD * torch.special.ndtri(u[2]))[:, None]
 
         # A diffusion model is the limit N = T: one teacher step in each of very many segments.
         T = teacher_steps(i, 12, 512, anneal=iterations * 2 / 3)
         t, s, t_step = draw_times(4096, N or 512, T, u=u[3:])
 
-        # In one dimension the norm of v is |v|, and would learn medians: huber_eps = 100 makes it a
-        # square. aDDIM's mean over one element is no variance: x_var is 0.
+        # In one dimension a norm would learn medians: huber_eps = 100 makes it a square. aDDIM's
+        # mean over one element is no variance: x_var is 0.
         loss = consistency_loss(f, x, eps, t, s, t_step, teacher=teacher, x_var_frac=0.0,
                                 huber_eps=100.0)
         optimizer.zero_grad()

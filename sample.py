@@ -1,10 +1,10 @@
 """Samplers: plain functions of a network and noise. And a command, from a checkpoint to images.
 
-    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments
-    ddim        f(z, t)       the same loop; with a diffusion model's f it is DDIM
+    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments; DDIM, with the f of
+                              a diffusion model
     addim       f(z, t)       MCM Algorithm 3: DDIM that keeps its variance
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
-    heun        D(x, sigma)   EDM Algorithm 1 without churn: second order, 2 steps - 1 evaluations
+    heun        D(x, sigma)   EDM Algorithm 1 without churn: second order, 2 * steps - 1 evaluations
 
 Noise and images are [B, ...]. Images come out on the scale of [-1, 1], not clipped. The state is
 float64, because float32 errors add up at sigma = 80. f and D have their labels bound already.
@@ -45,8 +45,6 @@ def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
             state = mcm.addim(x_hat, state, t, s, missing, schedule)
     return state.to(z.dtype)
 
-ddim = multistep        # the same sampler, given the f of a diffusion model
-
 def paper_x_var(alpha, sigma):
     """The paper's guess of the variance per element that x_hat lacks, for images."""
     return 0.1 / (2 + alpha**2 / sigma**2)
@@ -60,7 +58,7 @@ def renoise(denoise, latents, sigmas, noise=None):
     """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64.
 
     sigmas: falling noise levels, one for each step; ECT's two steps are [80, 0.821].
-    noise: a list with one more [B, ...] for each sigma after the first. None: drawn here.
+    noise: one [B, ...] for each sigma after the first. None: drawn here.
     """
     x = torch.zeros_like(latents, dtype=torch.float64)
     for i, sigma in enumerate(sigmas):
@@ -109,27 +107,30 @@ def sample_batch(net, sampler, steps, noise, labels=None):
     if sampler == "multistep":
         return multistep(mcm.make_f(net, steps=steps, labels=labels), noise[0], steps)
     if sampler == "renoise":
-        # ECT gives levels for two steps. For others we take equal distances in cosine's t.
+        # ECT gives levels for two steps. For others we take equal distances in cosine's t. It was
+        # trained as one segment, so the network is told N = 1.
         sigmas = [mcm.SIGMA_MAX, ect.MID_SIGMA]
         if steps != 2:
             sigmas = [mcm.SIGMA_MAX] + ect.segment_edges(steps).flip(0).tolist()
         return renoise(mcm.conditioned(net, 1, labels=labels), noise[0], sigmas, noise[1:])
     if sampler == "heun":
         return heun(mcm.conditioned(net, labels=labels), noise[0], steps)
-    sample_diffusion = {"ddim": ddim, "addim": addim}[sampler]
-    return sample_diffusion(mcm.make_f(net, labels=labels), noise[0], steps)
+    if sampler == "addim":
+        return addim(mcm.make_f(net, labels=labels), noise[0], steps)
+    return multistep(mcm.make_f(net, labels=labels), noise[0], steps)
 
 def generate(net, sampler, steps, n, seed=0, labels=None):
     """n images -> uint8 [n, C, H, W] on the CPU. labels: int64 [n] or None.
 
-    An image depends on (net, seed, its number, its label) alone, not on n or on its batch.
+    For one net, sampler and steps, an image depends on (seed, its number, its label) alone.
     """
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1
+    shape = (draws, *net.image_shape)
     images = []
     for numbers in torch.arange(n).split(125):
-        each = [np.random.default_rng([seed, i]).standard_normal((draws, *net.image_shape), "f4")
-                for i in numbers.tolist()]
+        generators = [np.random.default_rng([seed, i]) for i in numbers.tolist()]
+        each = [generator.standard_normal(shape, np.float32) for generator in generators]
         noise = torch.from_numpy(np.stack(each, axis=1)).to(device)
         one_hot = None
         if labels is not None:
@@ -148,13 +149,13 @@ def save_grid(images, path, columns):
 
 def main(arguments=None):
     """The command line: a checkpoint of train_cifar.py -> a .png grid, or an .npz."""
-    from fid import InputError
+    from fid import InputError              # here, because train_cifar.py imports this file
     from train_cifar import atomic, load_checkpoint, load_network, number
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
         help="tuned.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
-    add("--steps", type=number(int, 1, 1000), help="default: the most of its own")
+    add("--steps", type=number(int, 1, 1000), help="default: the most it was tuned for")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
     add("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")

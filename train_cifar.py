@@ -30,7 +30,7 @@ from torch import nn
 import ect, fid, mcm, sample
 from fid import InputError
 
-# torchrun starts WORLD processes, and each has its RANK. Elsewhere these variables mean nothing.
+# torchrun starts WORLD processes, each with its RANK. Without it we ignore these variables.
 RANK, WORLD = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -53,13 +53,13 @@ SWITCH = dict(action=argparse.BooleanOptionalAction)
 TEXT = {}
 
 # Two presets, named after their data. "cifar10" has the papers' settings: those of ECT's A100 hour,
-# with T and huber_eps of MCM. "shapes" is small and short. The target at t comes from f at s, that
-# one from f further down, and so on. Errors add up on this way, so a short run takes fewer steps
-# and stages, and a nearly squared error, which a few iterations learn better than a norm.
+# with T and huber_eps of MCM. "shapes" is small and short. The target at t comes from f at s, whose
+# own target comes from further down: errors add up. So a short run takes fewer steps (for ECT, a
+# smaller q^stages), and for MCM a nearly squared error, learned sooner than a norm.
 SETTINGS = [
     # name, how it is read, preset shapes, preset cifar10, what it is
-    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "all else"),
-    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one for all"),
+    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "all other defaults"),
+    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one network for all"),
     ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
     ("data", TEXT, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
     ("init", TEXT, "shapes", "edm", "EDM's .pkl or our .pt; none: train one first"),
@@ -86,7 +86,7 @@ SETTINGS = [
     ("c", SIZE, 50.0, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
     ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
     # The machine. Gradients of bf16 are too coarse where t - r is small.
-    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "network"),
+    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "of the network"),
     ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
     ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
     ("seed", dict(type=number(int, 0, 2**32)), 0, 0, "of all that is random"),
@@ -126,7 +126,7 @@ def read_settings(parser, arguments):
     return settings
 
 def choose_preset(data):
-    """cifar10 on a GPU if its files can be had, else shapes, with the reason in two lines."""
+    """For CIFAR-10: cifar10 on a GPU, if its files can be had; else shapes, saying why."""
     if data not in (None, "cifar10"):
         return "shapes"                         # its settings suit small runs, on a GPU too
     try:
@@ -137,7 +137,7 @@ def choose_preset(data):
         fid.read_images("cifar10")
         return "cifar10"
     except InputError as error:
-        say(f"preset shapes (small images and network, a short run), because {error}\n"
+        say(f"preset shapes (a small network, a short run), because {error}\n"
             "for CIFAR-10: --preset cifar10 (an hour on a GPU, days on a laptop)")
         return "shapes"
 
@@ -156,7 +156,7 @@ def dropout(x, p, seed, layer):
     process or eight. A saved and restored state of a random generator does not survive CUDA graphs.
     """
     element = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])    # [C, H, W]
-    # 0x9E3779B1 is 2^32 over the golden ratio. It keeps the seeds of the layers far apart.
+    # 0x9E3779B1, a prime near 2^32 over the golden ratio, keeps the layers' seeds far apart.
     start = hash32((seed + 0x9E3779B1 * layer) % 2**32).view(-1, 1, 1, 1)   # [B, 1, 1, 1]
     keep = hash32((start + element) % 2**32) >= int(p * 2**32)              # [B, C, H, W]
     return x * keep / (1 - p)
@@ -250,14 +250,14 @@ class DDPMpp(nn.Module):
         for level, multiple in enumerate(mult):
             if level > 0:
                 side = side // 2
-                self.enc[f"{side}x{side}_down"] = block(c, c, False, nn.AvgPool2d(2))
+                self.enc[f"{side}x{side}_down"] = block(c, c, resample=nn.AvgPool2d(2))
                 skips.append(c)
             for j in range(blocks):
                 c_in, c = c, width * multiple
                 self.enc[f"{side}x{side}_block{j}"] = block(c_in, c, side in attention)
                 skips.append(c)
 
-        # Decoder: each residual block, one more at each level, takes up an output of the encoder.
+        # Decoder: blocks + 1 residual blocks at each level. Each takes up an encoder's output.
         self.dec[f"{side}x{side}_in0"] = block(c, c, attention=True)
         self.dec[f"{side}x{side}_in1"] = block(c, c)
         for level, multiple in reversed(list(enumerate(mult))):
@@ -267,7 +267,7 @@ class DDPMpp(nn.Module):
                 self.dec[f"{side}x{side}_block{j}"] = block(c_in, c, attend)
             if level > 0:
                 side = side * 2
-                self.dec[f"{side}x{side}_up"] = block(c, c, False, nn.Upsample(scale_factor=2))
+                self.dec[f"{side}x{side}_up"] = block(c, c, resample=nn.Upsample(scale_factor=2))
         self.dec[f"{side}x{side}_aux_norm"] = group_norm(c)
         self.dec[f"{side}x{side}_aux_conv"] = conv(c, 3 * patch**2, 3)
 
@@ -314,10 +314,10 @@ class DDPMpp(nn.Module):
 SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 
 class UNet(nn.Module):
-    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning; `more`: DDPMpp's.
+    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
 
-    The preconditioning is the same in train() and eval(), unlike ECT's. Another network for this
-    file needs the same forward, and .arguments and .image_shape.
+    It is the same in train() and eval(), where ECT's differs by 0.003 in sigma. Another network for
+    this file needs the same constructor, forward, .arguments, .image_shape and .model.classes.
     """
     autocast = None     # the dtype that all raw networks compute in; None: float32
 
@@ -338,11 +338,11 @@ class UNet(nn.Module):
         if seed is None:
             seed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
-        # EDM, table 1. Input, output and target of the raw network have variance 1 at every sigma.
-        s = mcm.per_sample(sigma, x)                            # [B, 1, 1, 1]
-        c_in = (s**2 + SIGMA_DATA**2).rsqrt()
+        # EDM, table 1. Input and target of the raw network have variance 1 at every sigma.
+        level = mcm.per_sample(sigma, x)                        # [B, 1, 1, 1]
+        c_in = (level**2 + SIGMA_DATA**2).rsqrt()
         c_skip = SIGMA_DATA**2 * c_in**2
-        c_out = SIGMA_DATA * s * c_in
+        c_out = SIGMA_DATA * level * c_in
         c_noise = sigma.log() / 4                               # [B]
 
         # One autocast for each pass. A single one around both would reuse, in the second pass, the
@@ -396,7 +396,7 @@ def load_data(settings):
         images, labels, class_names = fid.read_images(name)
     n, _, height, width = images.shape
     if height != width or height % 16 or n < 8:
-        raise InputError(f"--data {name}: needs 8 square images, of 16, 32, ... pixels")
+        raise InputError(f"--data {name}: needs 8 or more square images, of 16, 32, ... pixels")
     if settings.classes and not class_names:
         raise InputError(f"--classes: {name} has no classes, leave it out")
     if not settings.classes:
@@ -408,9 +408,9 @@ def load_data(settings):
                            class_names=class_names)
 
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
-# EDM's and ECT's files are pickles: programs that import names and call them. Ours imports nothing.
-# Each name that such files need stands for something harmless below, and any other is refused. The
-# source code in a file is a mere string. A hostile file can waste memory, but run no code.
+# EDM's and ECT's files are pickles: programs that import names and call them. Our unpickler imports
+# nothing. Each name that such files need stands for something harmless, and any other is refused.
+# Source code in a file is a mere string. A hostile file can waste memory, but run no code.
 
 EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
        "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da")
@@ -477,7 +477,7 @@ def draw(data, settings, phase, step):
     """
     device, batch = data.images.device, settings.batch
     entropy = np.random.SeedSequence([settings.seed, int(phase == "tuned"), step])
-    seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1
+    seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # of 63 bits
     chance = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
 
     # Images, noise and the seeds of the dropout masks.
@@ -528,10 +528,10 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
 
     # MCM: training, or distillation of the diffusion model.
     f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
-    guide = None                # the data itself leads from t to s
+    leader = None               # the data itself leads from t to s
     if settings.method == "mcd":
-        guide = mcm.make_f(teacher, labels=labels)
-    return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=guide,
+        leader = mcm.make_f(teacher, labels=labels)
+    return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=leader,
                                 huber_eps=settings.huber_eps)
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -574,7 +574,8 @@ def train(net, teacher, data, settings, phase):
         # Draw the batch, and take this process's share of it.
         drawn = draw(data, settings, phase, step)
         share = {name: values.chunk(WORLD)[RANK] for name, values in drawn.items()}
-        stage = torch.full((), ect.stage_at(step, iters, settings.stages), device=DEVICE)
+        stage = ect.stage_at(step, iters, settings.stages)
+        stage = torch.full((), stage, device=DEVICE)        # a number would compile again
 
         # Forward and backward. The gradients of all processes are added up.
         loss = loss_of(net, teacher, settings, phase, stage, **share).mean()
@@ -595,12 +596,12 @@ def train(net, teacher, data, settings, phase):
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
         average(list(ema.parameters()), list(net.parameters()), step)
 
-        # Log. The host waits for the device here, when it saves and, in fp16, in scaler.step.
+        # Log. The host waits for the device only here, in saving and, in fp16, in scaler.step.
         done = step + 1
         if settings.compile and step == first:
             losses[0].item()                    # waits for the device
             say(f"compiled in {time.time() - clock:.0f} s")
-            losses, clock = [], time.time()     # which does not count
+            losses, clock = [], time.time()     # compiling does not count
         elif done % 100 == 0 or done == iters:
             loss = torch.stack(losses).mean().item()
             speed = len(losses) * settings.batch / (time.time() - clock)
@@ -645,17 +646,18 @@ def how_to_sample(settings, phase):
 def labels_of(data, n):
     """Labels of n real images, to sample with -> [n], or None without --classes."""
     if data.class_names:
-        return data.labels[torch.arange(n) * 7919 % len(data.labels)]   # a prime: all over them
+        return data.labels[torch.arange(n) * 7919 % len(data.labels)]   # a prime, to spread
 
 def report(diffusion, tuned, data, settings, extractor):
     """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png.
 
-    The distances are from the whole data set. The floor is that of n real images from n others.
+    The distances are from the whole data set. The floor is the distance of n real images
+    from n others.
     """
     n = settings.fd_samples
     real = data.images.cpu()
     statistics = fid.statistics_of(real, extractor)
-    fid.save_statistics(Path(settings.out, "reference.npz"), statistics, extractor.of(real))
+    fid.save_statistics(Path(settings.out, "reference.npz"), statistics, extractor.made_by(real))
     floor = fid.floor_of(real, extractor, n)
     metric = fid.metric_name(extractor.name, n)
     say(f"\n{data.name}: {metric}; real images have {floor:.2f}\n"
@@ -706,11 +708,10 @@ def main(arguments=None):
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 
-    # The precision of what autocast leaves in float32, then of the rest.
-    tf32 = settings.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    # TF32 for what autocast leaves in float32, then autocast itself.
     torch.backends.cudnn.benchmark = True                   # shapes are always the same
+    torch.backends.cudnn.allow_tf32 = settings.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = settings.precision != "fp32"
     UNet.autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.precision)
 
     # Train a diffusion model, if none is given.
@@ -758,7 +759,7 @@ def load_checkpoint(path):
     """A file of save_checkpoint -> its dict, on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["sampler"]
+        state["sampler"]                        # a KeyError, if it is another's
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged, or no checkpoint of this version") from error
     return state
