@@ -475,6 +475,41 @@ def test_no_iteration_waits_for_the_gpu(phase, options):
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
+def round_to_tf32(x):
+    """Keeps 10 of the 23 bits of float32's mantissa, as TF32 does."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+def test_precisions(monkeypatch):
+    """Gradients near the end of tuning, against those of float32: -s prints the README's table."""
+    monkeypatch.setattr(train_cifar.UNet, "autocast", None)
+    net = train_cifar.load_network(train_cifar.load_checkpoint(HERE / "assets/dial.pt"))
+    x, eps = train_cifar.shapes(16)[0] / 127.5 - 1, randn(16, 3, 32, 32).float()
+    g = torch.Generator().manual_seed(0)
+    times, sigma = mcm.draw_times(16, 2, 1280, g), ect.draw_t(16, generator=g)
+    def mct():
+        return mcm.consistency_loss(mcm.make_f(net, steps=2), x, eps, *times)
+    def ect_256():
+        return ect.ect_loss(mcm.conditioned(net, 1), x, eps, sigma, 0, q=256)
+    def gradient(loss):                             # scaled, as fp16 needs it
+        slopes = torch.autograd.grad(64 * loss().mean(), net.parameters(), allow_unused=True)
+        return torch.cat([slope.flatten().double() for slope in slopes if slope is not None])
+
+    right, table = [gradient(loss) for loss in (mct, ect_256)], {}
+    for name, dtype in [("fp16", torch.float16), ("bf16", torch.bfloat16), ("tf32", None)]:
+        train_cifar.UNet.autocast = dtype
+        if name == "tf32":                          # of inputs and weights, in the forward pass
+            for layer in net.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    layer.weight.data = round_to_tf32(layer.weight.data)
+                    layer.register_forward_pre_hook(
+                        lambda layer, x: x[0] + (round_to_tf32(x[0]) - x[0]).detach())
+        cosines = [torch.cosine_similarity(gradient(loss), slope, 0).item()
+                   for loss, slope in zip((mct, ect_256), right)]
+        table[name] = cosines
+        print(f"{name}  MCT at T = 1280: {cosines[0]:.3f}  ECT at q = 256: {cosines[1]:.3f}")
+    for fp16, bf16, tf32 in zip(*table.values()):
+        assert tf32 > fp16 > bf16
+
 # ---- FID -----------------------------------------------------------------------------------------
 
 def distance(x, y):

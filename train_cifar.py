@@ -81,9 +81,9 @@ SETTINGS = [
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
     ("stages", COUNT, 3, 1, "ect: stages of the curriculum, of equal length"),
-    ("p_mean", dict(type=float), 0.0, -1.1, "ect: mean of ln t"),
-    ("p_std", SIZE, 2.5, 2.0, "ect: standard deviation of ln t"),
-    ("c", SIZE, 50.0, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
+    ("p_mean", dict(type=float), 1.0, -1.1, "ect: mean of ln t"),
+    ("p_std", SIZE, 1.8, 2.0, "ect: standard deviation of ln t"),
+    ("c", SIZE, 0.2, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
     ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
     # The machine. Gradients of bf16 are too coarse where t - r is small.
     ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "of the network"),
@@ -123,6 +123,8 @@ def read_settings(parser, arguments):
         raise InputError("--segmented: needs --method ect and a single number of --steps")
     if settings.batch % WORLD:
         raise InputError(f"--batch {settings.batch}: not a multiple of {WORLD} processes")
+    if WORLD > 1 and settings.batch < 32 * WORLD:
+        say(f"warning: --batch {settings.batch} leaves fewer than 32 images to a process: slow")
     return settings
 
 def choose_preset(data):
@@ -613,20 +615,9 @@ def train(net, teacher, data, settings, phase):
                     row = dict(phase=phase, step=done, loss=loss, images_per_second=speed)
                     print(json.dumps(row), file=file)
 
-        # Save the state and some samples, or stop and keep the last good state.
+        # Save the state and some samples.
         if done % settings.save_every == 0 or done == iters or asked_to_stop:
-            # A scale below 1 means that fp16 overflows at every scale.
-            finite = all(p.isfinite().all() for p in net.parameters())
-            if not finite or scaler.get_scale() < 1:
-                sys.exit(f"error: {phase}, iteration {done}: weights or losses not finite; the "
-                         f"last {path} is kept, try a smaller --lr or another --precision")
-            if RANK == 0:
-                save_checkpoint(path, data, settings, phase, done, parts)
-                sampler, steps = how_to_sample(settings, phase)
-                grid = sample.generate(ema, sampler, max(steps), 32, settings.seed,
-                                       labels_of(data, 32))
-                with atomic(path.with_name(f"{phase}-{done:06d}.png")) as part:
-                    sample.save_grid(grid, part, columns=8)
+            save(path, data, settings, phase, done, parts)
         if asked_to_stop:
             say(f"stopped at iteration {done} and saved; the same command goes on")
             sys.exit(130)
@@ -746,17 +737,30 @@ def atomic(path):
     yield part
     part.replace(path)
 
-def save_checkpoint(path, data, settings, phase, step, parts):
-    """One file of tensors and plain values: parts (ema, net, ...) and all that sample.py needs."""
-    state = {name: part.state_dict() for name, part in parts.items()}
+def save(path, data, settings, phase, step, parts):
+    """One file of tensors and plain values: the parts and all that sample.py needs. And samples.
+
+    If weights are not finite, or fp16 overflows at every loss scale, the run ends instead.
+    """
+    finite = all(p.isfinite().all() for p in parts["net"].parameters())
+    if not finite or parts["scaler"].get_scale() < 1:
+        sys.exit(f"error: {phase}, iteration {step}: weights or losses not finite; the last {path} "
+                 "is kept, try a smaller --lr or another --precision with another --out")
+    if RANK > 0:
+        return
     sampler, steps = how_to_sample(settings, phase)
+    state = {name: part.state_dict() for name, part in parts.items()}
     state.update(arguments=parts["ema"].arguments, phase=phase, step=step, sampler=sampler,
                  steps=steps, class_names=data.class_names, settings=vars(settings))
     with atomic(path) as file:
         torch.save(state, file)
+    grid = sample.generate(parts["ema"], sampler, max(steps), 32, settings.seed,
+                           labels_of(data, 32))
+    with atomic(path.with_name(f"{phase}-{step:06d}.png")) as file:
+        sample.save_grid(grid, file, columns=8)
 
 def load_checkpoint(path):
-    """A file of save_checkpoint -> its dict, on the CPU."""
+    """A file of `save` -> its dict, on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["sampler"]                        # a KeyError, if it is another's
@@ -815,4 +819,7 @@ def load_init(init):
     return load_network(state)
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of memory, lower --batch: {error}")
