@@ -204,6 +204,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     mean1, cov1, mean2, cov2 = given
     if len(mean1) != len(mean2):
         raise InputError(f"features have {len(mean1)} and {len(mean2)} dimensions")
+    if not (mean1 - mean2 + cov1 + cov2).isfinite().all():
+        raise InputError("no distance: give two images or more, and four real ones")
 
     # R from the eigenvalues of cov1. For n <= d some are 0, and come out as rounding errors.
     values, vectors = torch.linalg.eigh(cov1)
@@ -294,7 +296,7 @@ def read_files(path):
         root, names = zipfile.Path(path), zipfile.ZipFile(path).namelist()
         names = [name for name in names if not name.endswith("/")]
     else:
-        raise InputError(f"{path}: not found; give a folder, a .zip, an .npz or cifar10")
+        raise InputError(f"{path}: is no folder, no .zip, no .npz and not cifar10")
     # All but the shadows that macOS leaves.
     files = [name for name in sorted(names)
              if folder.is_image_file(name) and not Path(name).name.startswith("._")]
@@ -347,18 +349,16 @@ def main(arguments=None):
         images = read_images(args.a)[0]
         rows = shuffled(images)[:max(args.n, 0)]
         extractor = Extractor(args.features, "cuda" if torch.cuda.is_available() else "cpu")
-        floor = float("nan")
+        floor = "unknown"
         if args.b.endswith(".npz") and "mu" in load_arrays(args.b):
             mean, cov = load_statistics(args.b, extractor.made_by(images))
         else:
             real = read_images(args.b)[0]
             if extractor.made_by(real) != extractor.made_by(images):
                 raise InputError(f"{args.a} and {args.b} have images of different sizes")
-            floor = floor_of(real, extractor, len(rows))
+            floor = f"{floor_of(real, extractor, len(rows)):.4f}"
             statistics = statistics_of(real, extractor)
             mean, cov = statistics.mean, statistics.cov
-        if len(rows) < 2 or not torch.as_tensor(cov).isfinite().all():
-            raise InputError("no distance: give two images or more, and four real ones")
 
         # Only now the images to judge.
         made = statistics_of(images, extractor, rows)
@@ -366,7 +366,7 @@ def main(arguments=None):
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"{metric_name(extractor.name, made.n)} {distance:.4f}, n {made.n}, features "
-          f"{extractor.name}, reference {args.b}, floor {floor:.4f}")
+          f"{extractor.name}, reference {args.b}, floor {floor}")
     if made.n < len(mean):
         print(f"warning: {made.n} images for {len(mean)} features: the distance is too large")
 

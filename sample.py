@@ -177,7 +177,8 @@ def main(arguments=None):
             raise InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
         classes = list(range(len(names)))
         if args.label is not None:
-            classes = [i for i in classes if args.label in (names[i], str(i))]
+            named = [i for i in classes if names[i] == args.label]
+            classes = named or [i for i in classes if str(i) == args.label]
             if not classes:
                 raise InputError(f"--class {args.label}: it knows {names or 'no classes'}")
     except (InputError, OSError) as error:

@@ -567,7 +567,7 @@ def picture(path, colour, size=(16, 16), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
 
-def test_what_is_in_a_folder(tmp_path):
+def test_what_is_in_a_folder(tmp_path, capsys):
     """Each image once, upright, without hidden colours. What cannot be used is named."""
     turned = Image.Exif()
     turned[0x0112] = 3                                          # upside down
@@ -578,7 +578,9 @@ def test_what_is_in_a_folder(tmp_path):
     picture(tmp_path / "2.png", 9, mode="L")
     picture(tmp_path / "sub/3.png", (7, 0, 0))
     (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "again.png").symlink_to("2.png")                # counts once
     images = fid.read_images(str(tmp_path))[0]
+    assert "1 files are no images" in capsys.readouterr().err
     assert images.shape == (4, 3, 16, 16) and images[:, 0, 15, 0].tolist()[2:] == [9, 7]
     assert images[0, 0, 0].eq(0).all() and images[0, 0, 15].eq(200).all()
     assert images[1].unique().numel() == 1

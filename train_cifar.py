@@ -59,7 +59,7 @@ TEXT = {}
 SETTINGS = [
     # name, how it is read, preset shapes, preset cifar10, what it is
     ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "all other defaults"),
-    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one network for all"),
+    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one for all of them"),
     ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
     ("data", TEXT, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
     ("init", TEXT, "shapes", "edm", "EDM's .pkl or our .pt; none: train one first"),
@@ -76,8 +76,8 @@ SETTINGS = [
     ("width", COUNT, 32, 128, "channels"),
     ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
     # MCM. huber_eps 1e-4 is a norm, for long runs; 1 is nearly a squared error. See mcm.v_loss.
-    ("T", dict(COUNT, nargs=2), [8, 256], [64, 1280], "mct, mcd: first and last"),
-    ("huber_eps", SIZE, 0.1, 1e-4, "mct, mcd: of the pseudo-Huber norm"),
+    ("T", dict(COUNT, nargs=2), [8, 512], [64, 1280], "mct, mcd: teacher steps, first and last"),
+    ("huber_eps", SIZE, 0.02, 1e-4, "mct, mcd: of the pseudo-Huber norm"),
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
     ("stages", COUNT, 3, 1, "ect: stages of the curriculum, of equal length"),
@@ -91,7 +91,7 @@ SETTINGS = [
     ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
     ("seed", dict(type=number(int, 0, 2**32)), 0, 0, "of all that is random"),
     # The measurement.
-    ("features", TEXT, "random", "inception", "or a TorchScript file"),
+    ("features", TEXT, "random", "inception", "random, inception, a TorchScript file"),
     ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "images to measure"),
 ]
 
