@@ -55,7 +55,7 @@ TEXT = {}
 # Two presets, named after their data. "cifar10" has the papers' settings: those of ECT's A100 hour,
 # with T and huber_eps of MCM. "shapes" is small and short. The target at t comes from f at s, whose
 # own target comes from further down: errors add up. So a short run takes fewer steps (for ECT, a
-# smaller q^stages), and for MCM a nearly squared error, learned sooner than a norm.
+# smaller q^stages). The rest was found by trying.
 SETTINGS = [
     # name, how it is read, preset shapes, preset cifar10, what it is
     ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "all other defaults"),
