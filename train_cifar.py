@@ -83,7 +83,7 @@ SETTINGS = [
     ("stages", COUNT, 3, 1, "ect: stages of the curriculum, of equal length"),
     ("p_mean", dict(type=float), 1.0, -1.1, "ect: mean of ln t"),
     ("p_std", SIZE, 1.8, 2.0, "ect: standard deviation of ln t"),
-    ("c", SIZE, 0.2, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
+    ("c", SIZE, 0.05, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
     ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
     # The machine. Gradients of bf16 are too coarse where t - r is small.
     ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "of the network"),
