@@ -44,7 +44,7 @@ def relative_gap(t, stage, q=2, k=8, b=1):
     float32 it is up to 100% off at stage 2, and 0 at stage 3.
     """
     n = 1 + k * torch.sigmoid(-b * t)
-    return (n / float(q) ** (stage + 1)).clamp(max=1)   # as an int64, 256^8 would overflow
+    return (n / float(q) ** (stage + 1)).clamp(max=1)   # int64: 256^8 overflows
 
 def t_to_r(t, stage, q=2, k=8, b=1):
     """r = max(0, t (1 - n(t) / q^(stage + 1))), in t's shape and dtype."""

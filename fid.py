@@ -106,7 +106,7 @@ class InceptionFID(inception.Inception3):
     def forward(self, images):
         # TensorFlow's graph normalises by 128. With v / 127.5 - 1, features would move by 0.2.
         x = (resize_tf1(images) - 128) / 128
-        for part in list(self.children())[:-1]:         # all but fc, which is there for its keys
+        for part in list(self.children())[:-1]:     # all but fc, kept for its keys
             x = part(x)
         return x.flatten(1)
 
@@ -289,7 +289,7 @@ def load_arrays(path):
 
 def read_files(path):
     """The images in a folder or a .zip -> uint8 [n, H, W, 3], labels [n]."""
-    if path.is_dir():                           # each file once, however many links lead to it
+    if path.is_dir():                           # each file once, whatever links lead to it
         found = {file.resolve(): file for file in sorted(path.rglob("*")) if file.is_file()}
         root, names = path, [file.relative_to(path).as_posix() for file in found.values()]
     elif zipfile.is_zipfile(path):
@@ -368,7 +368,7 @@ def main(arguments=None):
     print(f"{metric_name(extractor.name, made.n)} {distance:.4f}, n {made.n}, features "
           f"{extractor.name}, reference {args.b}, floor {floor}")
     if made.n < len(mean):
-        print(f"warning: {made.n} images for {len(mean)} features: the distance is too large")
+        print(f"warning: too large, with {made.n} images for {len(mean)} features")
 
 if __name__ == "__main__":
     main()

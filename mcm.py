@@ -278,7 +278,7 @@ class ToyDenoiser(nn.Module):
         super().__init__()
         self.inputs = nn.Linear(22, width)
         self.segment = nn.Embedding(36, width)      # of N = 1 to 8
-        nn.init.zeros_(self.segment.weight)         # tuning starts from the diffusion model
+        nn.init.zeros_(self.segment.weight)         # so that tuning starts from diffusion
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                   nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 
@@ -296,7 +296,7 @@ def train_toy(net, N=None, teacher=None, iterations=2400):
     """Tunes a copy of `net` to N steps, or trains it as a diffusion model (N None) -> net, f."""
     net = copy.deepcopy(net)
     f = make_f(net, steps=N)
-    points = torch.quasirandom.SobolEngine(5, scramble=True, seed=0)   # evener than chance
+    points = torch.quasirandom.SobolEngine(5, scramble=True, seed=0)  # evenly spread
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     for i in range(iterations):
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - i / iterations) ** 1.5

@@ -149,7 +149,7 @@ def save_grid(images, path, columns):
 
 def main(arguments=None):
     """The command line: a checkpoint of train_cifar.py -> a .png grid, or an .npz."""
-    from fid import InputError              # here, because train_cifar.py imports this file
+    from fid import InputError              # here, since train_cifar imports this file
     from train_cifar import atomic, load_checkpoint, load_network, number
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -166,13 +166,13 @@ def main(arguments=None):
     # What is asked for must be what the network was trained for.
     try:
         if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
-            raise InputError(f"--out {args.out}: give a .png or an .npz in a folder that exists")
+            raise InputError(f"--out {args.out}: needs a .png or .npz in an existing folder")
         state = load_checkpoint(args.checkpoint)
         names, own_steps = state["class_names"], state["steps"]
         steps = args.steps or max(own_steps)
         sampler = args.sampler or state["sampler"]
         if args.sampler and state["phase"] == "tuned":
-            raise InputError("--sampler: is of a diffusion model, and this is a tuned one")
+            raise InputError("--sampler: of diffusion models, and this one is tuned")
         if sampler == "multistep" and steps not in own_steps:
             raise InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
         classes = list(range(len(names)))

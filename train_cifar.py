@@ -58,8 +58,8 @@ TEXT = {}
 # smaller q^stages). The rest was found by trying.
 SETTINGS = [
     # name, how it is read, preset shapes, preset cifar10, what it is
-    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "all other defaults"),
-    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one for all of them"),
+    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "other defaults"),
+    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one network"),
     ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
     ("data", TEXT, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
     ("init", TEXT, "shapes", "edm", "EDM's .pkl or our .pt; none: train one first"),
@@ -76,7 +76,7 @@ SETTINGS = [
     ("width", COUNT, 32, 128, "channels"),
     ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
     # MCM. huber_eps 1e-4 is a norm, for long runs; 1 is nearly a squared error. See mcm.v_loss.
-    ("T", dict(COUNT, nargs=2), [8, 512], [64, 1280], "mct, mcd: teacher steps, first and last"),
+    ("T", dict(COUNT, nargs=2), [8, 512], [64, 1280], "mct, mcd: teacher steps"),
     ("huber_eps", SIZE, 0.02, 1e-4, "mct, mcd: of the pseudo-Huber norm"),
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
@@ -86,7 +86,7 @@ SETTINGS = [
     ("c", SIZE, 0.05, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
     ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
     # The machine. Gradients of bf16 are too coarse where t - r is small.
-    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "of the network"),
+    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "network"),
     ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
     ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
     ("seed", dict(type=number(int, 0, 2**32)), 0, 0, "of all that is random"),
@@ -124,13 +124,13 @@ def read_settings(parser, arguments):
     if settings.batch % WORLD:
         raise InputError(f"--batch {settings.batch}: not a multiple of {WORLD} processes")
     if WORLD > 1 and settings.batch < 32 * WORLD:
-        say(f"warning: --batch {settings.batch} leaves fewer than 32 images to a process: slow")
+        say(f"warning: --batch {settings.batch}: fewer than 32 images to a process are slow")
     return settings
 
 def choose_preset(data):
     """For CIFAR-10: cifar10 on a GPU, if its files can be had; else shapes, saying why."""
     if data not in (None, "cifar10"):
-        return "shapes"                         # its settings suit small runs, on a GPU too
+        return "shapes"                         # its settings suit any small run
     try:
         if DEVICE.type == "cpu":
             raise InputError("there is no GPU here")
@@ -398,7 +398,7 @@ def load_data(settings):
         images, labels, class_names = fid.read_images(name)
     n, _, height, width = images.shape
     if height != width or height % 16 or n < 8:
-        raise InputError(f"--data {name}: needs 8 or more square images, of 16, 32, ... pixels")
+        raise InputError(f"--data {name}: needs 8 square images or more, of 16, 32, ... pixels")
     if settings.classes and not class_names:
         raise InputError(f"--classes: {name} has no classes, leave it out")
     if not settings.classes:
@@ -637,7 +637,7 @@ def how_to_sample(settings, phase):
 def labels_of(data, n):
     """Labels of n real images, to sample with -> [n], or None without --classes."""
     if data.class_names:
-        return data.labels[torch.arange(n) * 7919 % len(data.labels)]   # a prime, to spread
+        return data.labels[torch.arange(n) * 7919 % len(data.labels)]   # a prime
 
 def report(diffusion, tuned, data, settings, extractor):
     """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png.
