@@ -7,8 +7,8 @@ First the images to judge, then the real ones: a folder, a .zip, an .npz (arr_0:
 cifar10 (its training set) or, for the real ones, an .npz of statistics (mu, sigma). The floor
 beside a distance is the distance between two sets of real images.
 
-What a published FID is, and why each part matters. (By how much features move: the largest change
-on two test images, of features up to 39.)
+What a published FID is, and why each part matters. ("Moves features by": the largest change on two
+test images. Features reach 39.)
 1. Features of the Inception graph of 2015. Other weights or other pooling are another measure.
 2. TensorFlow 1's resize to 299 x 299. Half a pixel of offset moves features by 0.8.
 3. n = 50,000. With fewer images the distance is too large: about 30 at n = 2,000, even between
@@ -157,11 +157,12 @@ class Extractor:
                 self.net = torch.jit.load(spec, device).eval()
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"--features {spec}: not found, or no TorchScript") from error
+            # With a hash, because two files may have one name.
             content = hashlib.sha256(Path(spec).read_bytes())
             self.name = f"{Path(spec).stem}-{content.hexdigest()[:6]}"
 
     def made_by(self, images):
-        """Only equals compare: the features and, but for Inception, the size of the images."""
+        """What must agree to compare: the features and, but for Inception, the images' size."""
         if self.name == "inception":
             return self.name
         return f"{self.name} of {images.shape[2]}x{images.shape[3]} pixels"
@@ -205,7 +206,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     if len(mean1) != len(mean2):
         raise InputError(f"features have {len(mean1)} and {len(mean2)} dimensions")
     if not (mean1 - mean2 + cov1 + cov2).isfinite().all():
-        raise InputError("no distance: give two images or more, and four real ones")
+        raise InputError("features or statistics are not finite")
 
     # R from the eigenvalues of cov1. For n <= d some are 0, and come out as rounding errors.
     values, vectors = torch.linalg.eigh(cov1)
@@ -222,6 +223,7 @@ def statistics_of(images, extractor, rows=None):
     statistics, start = Statistics(), time.perf_counter()
     for batch in rows.split(64):
         statistics.update(extractor(images[batch]))
+        # On a terminal: one line, written over again and again.
         if sys.stderr.isatty():
             rate = statistics.n / (time.perf_counter() - start)
             left = (len(rows) - statistics.n) / rate
@@ -273,15 +275,18 @@ def read_images(source):
         arrays = load_arrays(path)
         pixels = arrays.get("arr_0", np.zeros(0))
         labels = arrays.get("arr_1", np.zeros(len(pixels)))
-        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or len(labels) != len(pixels):
+        uint8_nhwc = pixels.dtype == np.uint8 and pixels.shape[3:] == (3,)
+        if not uint8_nhwc or labels.shape != (len(pixels),):
             raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
         pixels, labels = read_files(path)
+    # Labels may be names or numbers. They become 0, 1, 2, ... in sorted order.
     classes, labels = np.unique(labels, return_inverse=True)
     names = [str(name) for name in classes if len(classes) > 1]     # or none
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), names
 
 def load_arrays(path):
+    """An .npz -> a dict of its arrays."""
     try:
         return dict(np.load(path))                                  # runs no pickles
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -317,6 +322,7 @@ def read_files(path):
 
     # A few threads decode. Pillow and zipfile raise these errors over damaged files.
     def decode(name):
+        """-> uint8 [H, W, 3]."""
         try:
             with (root / name).open("rb") as file, Image.open(file) as image:
                 if image.mode.startswith(("I", "F")):       # Pillow would clip these
@@ -338,9 +344,10 @@ def read_files(path):
     return pixels, np.array(labels)
 
 def main(arguments=None):
+    """The command line: images to judge and real ones -> one line with the distance."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     parser.add_argument("a", help="images to judge: a folder, a .zip, an .npz or cifar10")
-    parser.add_argument("b", help="real images: the same")
+    parser.add_argument("b", help="real images: the same, or an .npz of statistics")
     parser.add_argument("--features", default="inception", help="or random, or TorchScript")
     parser.add_argument("--n", type=int, default=50_000, help="images of a to use")
     args = parser.parse_args(arguments)
@@ -348,12 +355,16 @@ def main(arguments=None):
         # What can be missing is opened first. Of a, n images are drawn, always the same.
         images = read_images(args.a)[0]
         rows = shuffled(images)[:max(args.n, 0)]
+        if len(rows) < 2:
+            raise InputError(f"--n {args.n}, {args.a}: needs two images or more")
         extractor = Extractor(args.features, "cuda" if torch.cuda.is_available() else "cpu")
         floor = "unknown"
-        if args.b.endswith(".npz") and "mu" in load_arrays(args.b):
+        if args.b.endswith(".npz") and {"mu", "sigma"} <= load_arrays(args.b).keys():
             mean, cov = load_statistics(args.b, extractor.made_by(images))
         else:
             real = read_images(args.b)[0]
+            if len(real) < 4:
+                raise InputError(f"{args.b}: needs four images or more")
             if extractor.made_by(real) != extractor.made_by(images):
                 raise InputError(f"{args.a} and {args.b} have images of different sizes")
             floor = f"{floor_of(real, extractor, len(rows)):.4f}"

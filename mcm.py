@@ -24,7 +24,7 @@ Symbols (B: samples in a batch; "...": any shape, such as C, H, W):
     t, s           t, r           t, s   (t, r) [B]             a time, and an earlier one, s < t
     t_step         0              t_step        [B]             lower edge of t's segment, <= s
     student_steps  1              N, steps      int or [B]      segments, and sampling steps
-    T(i)           -              T             float           teacher steps in all of [0, 1]
+    T(i)           -              T             [] or [B]       teacher steps in all of [0, 1]
     T / N          -              n             [] or [B]       the same in each segment, rounded
     step           -              step          [B]             which segment, 0 .. N - 1
     n_rel          -              n_rel         [B]             which teacher step in it, 1 .. n
@@ -160,7 +160,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
     f is called at s without gradient, then at t with. Dropout in f should have one mask for both
     calls. Autocast belongs inside f: around both, it would reuse weights without gradient.
-    draw_times gives cosine's times. With schedule=mcm.edm, give sigma / alpha of cosine(t) for t.
+    draw_times gives cosine's times. With schedule=mcm.edm, give its sigma / alpha for all three.
     """
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
@@ -190,8 +190,8 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
 def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     """The x whose jump from z_t lands where the reference's jump from z_s lands -> [B, ...].
 
-    Both jumps end at t_step. For s = t_step no jump is left, and z_s is the place itself: the
-    target of a diffusion model, eq. (8), which without a teacher is x.
+    Both jumps end at t_step. For s = t_step no jump is left, and the place is z_s. Then the result
+    is the target of a diffusion model, eq. (8): without a teacher, x.
     """
     # f_ref runs on the whole batch, for fixed shapes. Where s = t_step its guess is thrown away. We
     # call it at t there, because s may be a noise level of 0, where a network need not be defined.
@@ -309,8 +309,8 @@ def train_toy(net, N=None, teacher=None, iterations=2400):
         T = teacher_steps(i, 12, 512, anneal=iterations * 2 / 3)
         t, s, t_step = draw_times(4096, N or 512, T, u=u[3:])
 
-        # In one dimension a norm would learn medians: huber_eps = 100 makes it a square. aDDIM's
-        # mean over one element is no variance: x_var is 0.
+        # In one dimension a norm would learn medians: huber_eps = 100 makes it a square. And one
+        # squared error is no variance: x_var_frac is 0.
         loss = consistency_loss(f, x, eps, t, s, t_step, teacher=teacher, x_var_frac=0.0,
                                 huber_eps=100.0)
         optimizer.zero_grad()

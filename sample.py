@@ -149,13 +149,13 @@ def save_grid(images, path, columns):
 
 def main(arguments=None):
     """The command line: a checkpoint of train_cifar.py -> a .png grid, or an .npz."""
-    from fid import InputError              # here, since train_cifar imports this file
-    from train_cifar import atomic, load_checkpoint, load_network, number
+    # Here, because train_cifar imports this file.
+    from train_cifar import InputError, atomic, load_checkpoint, load_network, number
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
         help="tuned.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
-    add("--steps", type=number(int, 1, 1000), help="default: the most it was tuned for")
+    add("--steps", type=number(int, 1, 1000), help="default: the most that it is for")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
     add("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")

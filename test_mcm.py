@@ -687,7 +687,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path.parent))
     images = train_cifar.shapes(64, 16)[0].permute(0, 2, 3, 1).numpy()
     np.savez("few.npz", images, 16 * ["cat", "dog", "dog", "dog"])
-    useless = dict(zero=images, pair=images[:2], odd=images[:, 1:, 1:], float=images / 255,
+    useless = dict(zero=images, one=images[:1], pair=images[:2], odd=images[:, 1:, 1:], float=images / 255,
                    object=np.array([{}], dtype=object))
     for name, data in useless.items():
         np.savez(f"{name}.npz", data)
@@ -743,6 +743,7 @@ def test_a_run_that_died_and_went_on_is_the_run_that_did_not(method, folder, mon
     while blows:
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             train(f"--out torn --method {method}")
+        Path("torn/.part-tuned.pt").write_bytes(b"half")        # as a death while saving leaves
     for _ in range(2):                                  # the second time only the report is left
         train(f"--out torn --method {method}")
         assert state_of("straight") == state_of("torn")
@@ -915,6 +916,7 @@ def test_labels_and_distances_of_files(folder, capsys):
 BAD = {"train_cifar": """
 --steps 0, --steps x, --steps, --method dog, --batch 0, --lr nan, --lr -1, --ema 2, --what
 --iters 1.5, --precision fp8, --T 4, --seed -1, --preset big, --segmented, --init nowhere > nowhere
+--method ect --q 256 --stages 3 > --stages
 --segmented --method ect --steps 1 2 > --segmented, --init text.npz > text.npz
 --out text.npz/x > text.npz, --init text.pkl > text.pkl, --init text.pt > text.pt
 --init edm > edm-cifar10
@@ -927,7 +929,9 @@ BAD = {"train_cifar": """
 nowhere.pt > nowhere.pt, text.npz > text.npz, text.pt > text.pt, text.pt --steps 0, text.pt --n 0
 text.pt --out x.jpg, text.pt --sampler euler, text.pt --seed -1""",
        "fid": """
-few.npz > b, nowhere few.npz > nowhere, few.npz nowhere --features random > nowhere
+few.npz > b, few.npz few.npz --features random --n 1 > --n 1
+few.npz few.npz --features random --n 0 > --n 0, few.npz one.npz --features random > one.npz
+nowhere few.npz > nowhere, few.npz nowhere --features random > nowhere
 few.npz few.npz > inception, few.npz few.npz --features dog > dog, few.npz few.npz --n x
 few.npz few.npz --features object.npz > object.npz, few.npz short.npz --features random > 36
 text few.npz --features random > a.png, float.npz few.npz --features random > float.npz"""}

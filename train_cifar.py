@@ -46,6 +46,7 @@ def number(kind, low, high):
         return kind(text)
     return numeric
 
+# How argparse reads a setting.
 COUNT = dict(type=number(int, 1, 10**9))
 RATIO = dict(type=number(float, 0, 1))
 SIZE = dict(type=number(float, 0, 1e6))
@@ -59,7 +60,7 @@ TEXT = {}
 SETTINGS = [
     # name, how it is read, preset shapes, preset cifar10, what it is
     ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "other defaults"),
-    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: one network"),
+    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: all in one network"),
     ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
     ("data", TEXT, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
     ("init", TEXT, "shapes", "edm", "EDM's .pkl or our .pt; none: train one first"),
@@ -109,7 +110,7 @@ def read_settings(parser, arguments):
     settings = parser.parse_args(arguments)
     settings.preset = settings.preset or choose_preset(settings.data)
 
-    # A preset's diffusion model fits only its own data and network.
+    # What is not given is the preset's. Its diffusion model fits only its own data and network.
     other_data = settings.data not in (None, settings.preset)
     if settings.init is None and (other_data or settings.width or settings.classes):
         settings.init = "none"
@@ -117,10 +118,13 @@ def read_settings(parser, arguments):
         if getattr(settings, name) is None:
             setattr(settings, name, {"shapes": shapes, "cifar10": cifar10}[settings.preset])
 
+    # What does not go together.
     if settings.width not in (8, 16) and settings.width % 32:
         raise InputError("--width: 8, 16 or a multiple of 32, for groups of channels")
     if settings.segmented and (settings.method != "ect" or len(settings.steps) > 1):
         raise InputError("--segmented: needs --method ect and a single number of --steps")
+    if settings.q**settings.stages > 2**20:
+        raise InputError("--q, --stages: q^stages is above 2^20, and t - r is lost in rounding")
     if settings.batch % WORLD:
         raise InputError(f"--batch {settings.batch}: not a multiple of {WORLD} processes")
     if WORLD > 1 and settings.batch < 32 * WORLD:
@@ -140,7 +144,7 @@ def choose_preset(data):
         return "cifar10"
     except InputError as error:
         say(f"preset shapes (a small network, a short run), because {error}\n"
-            "for CIFAR-10: --preset cifar10 (an hour on a GPU, days on a laptop)")
+            "for the papers' settings: --preset cifar10 (an hour on a GPU, days on a laptop)")
         return "shapes"
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
@@ -164,9 +168,11 @@ def dropout(x, p, seed, layer):
     return x * keep / (1 - p)
 
 def group_norm(channels):
+    """At most 32 groups, with at least 4 channels in each."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 def conv(c_in, c_out, kernel):
+    """Keeps H and W."""
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
 
 class Block(nn.Module):
@@ -285,6 +291,7 @@ class DDPMpp(nn.Module):
                 nn.init.xavier_uniform_(p)
 
     def forward(self, x, c_noise, labels=None, augment=None, segment=None, seed=None):
+        """Noisy images [B, 3, H, W] and c_noise [B] -> [B, 3, H, W]. The rest: UNet.forward."""
         # The embedding of noise level, label and segment: [B, c_emb].
         angle = c_noise[:, None] * self.frequencies
         emb = torch.cat([angle.sin(), angle.cos()], 1)
@@ -318,8 +325,8 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
 
-    It is the same in train() and eval(), where ECT's differs by 0.003 in sigma. Another network for
-    this file needs the same constructor, forward, .arguments, .image_shape and .model.classes.
+    Preconditioning is the same in train() and eval(); ECT's differs by 0.003 in sigma. Another
+    network here needs the same constructor, forward, .arguments, .image_shape and .model.classes.
     """
     autocast = None     # the dtype that all raw networks compute in; None: float32
 
@@ -450,6 +457,7 @@ ALLOWED = {
 }
 
 class EDMUnpickler(pickle.Unpickler):
+    """The base class does the rest: it calls find_class for every name in a file."""
     def find_class(self, module, name):
         return ALLOWED[f"{module} {name}"]              # any other name is a KeyError
 
@@ -458,6 +466,8 @@ def load_edm(path):
     try:
         with open(path, "rb") as file:
             ema = EDMUnpickler(file).load()["ema"]
+
+        # The module that ema stands for is EDMPrecond, around a SongUNet that is called model.
         weights = ema.state_dict()
         given = ema.model._init_kwargs
         arguments = dict(width=given["model_channels"], mult=tuple(given["channel_mult"]),
@@ -567,9 +577,10 @@ def train(net, teacher, data, settings, phase):
                 part.load_state_dict(saved[name])
     say(f"{phase}: {iters} iterations, {first} of them done")
 
-    # Ctrl-C only asks: the loop saves, then stops.
+    # Ctrl-C only asks: the loop saves, then stops. (With torchrun, processes just end.)
     asked_to_stop = []
-    signal.signal(signal.SIGINT, lambda *ignored: asked_to_stop.append(True))
+    if WORLD == 1:
+        signal.signal(signal.SIGINT, lambda *ignored: asked_to_stop.append(True))
 
     losses, clock = [], time.time()             # since the last line of the log
     for step in range(first, iters):
@@ -643,15 +654,16 @@ def report(diffusion, tuned, data, settings, extractor):
     """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png.
 
     The distances are from the whole data set. The floor is the distance of n real images
-    from n others.
+    from n others, or that of two halves.
     """
+    # The real images.
     n = settings.fd_samples
     real = data.images.cpu()
     statistics = fid.statistics_of(real, extractor)
     fid.save_statistics(Path(settings.out, "reference.npz"), statistics, extractor.made_by(real))
     floor = fid.floor_of(real, extractor, n)
     metric = fid.metric_name(extractor.name, n)
-    say(f"\n{data.name}: {metric}; real images have {floor:.2f}\n"
+    say(f"\n{data.name}: {metric}; floor, real images to real: {floor:.2f}\n"
         "model      steps  evaluations  distance  images/s")
     # At N steps before and after the tuning, and the diffusion model at its best.
     table = [("diffusion", "ddim", N, N) for N in settings.steps]
@@ -679,6 +691,7 @@ def report(diffusion, tuned, data, settings, extractor):
 # ---- All of it -----------------------------------------------------------------------------------
 
 def main(arguments=None):
+    """The command line: read everything, train or load a diffusion model, tune it, report."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     if WORLD > 1:
         if DEVICE.type == "cuda":
@@ -727,6 +740,7 @@ def main(arguments=None):
 # ---- What main needs -----------------------------------------------------------------------------
 
 def say(text):
+    """Prints, in the first process only."""
     if RANK == 0:
         print(text, flush=True)
 
@@ -754,6 +768,8 @@ def save(path, data, settings, phase, step, parts):
                  steps=steps, class_names=data.class_names, settings=vars(settings))
     with atomic(path) as file:
         torch.save(state, file)
+
+    # What it makes of the same noise each time.
     grid = sample.generate(parts["ema"], sampler, max(steps), 32, settings.seed,
                            labels_of(data, 32))
     with atomic(path.with_name(f"{phase}-{step:06d}.png")) as file:
@@ -782,12 +798,18 @@ def open_run(settings, data):
     steps = "-".join(map(str, settings.steps))
     settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
     settings.data = data.name
-    for path in Path(settings.out).glob("*.pt"):
+
+    # The same command goes on with a run. Another must not mix with it.
+    for path in [Path(settings.out, f"{phase}.pt") for phase in ("diffusion", "tuned")]:
+        if not path.exists():
+            continue
         for name, before in load_checkpoint(path)["settings"].items():
             now = getattr(settings, name)
             if now != before and name not in MAY_CHANGE:
                 raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
                                  f"{before}, not {now}; give another --out, or delete that folder")
+
+    # The diffusion model must fit the data.
     net = load_init(settings.init)
     if net is not None:
         its = net.image_shape[-1], net.model.classes
@@ -799,6 +821,7 @@ def open_run(settings, data):
 
 def load_init(init):
     """--init -> a diffusion model, or None."""
+    # Which file?
     if init == "none":
         return None
     if init == "shapes":
@@ -806,6 +829,8 @@ def load_init(init):
     elif init == "edm":
         init = fid.download(*EDM)
         say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor their offspring")
+
+    # One of EDM's or ECT's, or one of ours.
     if Path(init).suffix == ".pkl":
         weights, arguments = load_edm(init)
         net = UNet(**arguments)
