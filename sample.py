@@ -23,6 +23,15 @@ from torchvision.utils import save_image
 
 import ect, mcm
 
+def guess(network, x, t, dtype=torch.float64):
+    """f(x, t) or D(x, sigma) at one time for the whole batch -> x_hat [B, ...], float64.
+
+    The network gets x in `dtype`, and its times in float32 or better.
+    """
+    time_dtype = torch.promote_types(dtype, torch.float32)
+    times = torch.full((len(x),), float(t), dtype=time_dtype, device=x.device)
+    return network(x.to(dtype), times).double()
+
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
     """MCM Algorithm 2: z [B, ...] at the first time -> z at the last, which is the image.
@@ -33,11 +42,9 @@ def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
     times = steps
     if isinstance(steps, int):
         times = [i / steps for i in range(steps, -1, -1)]       # 1, (N - 1)/N, ..., 0
-    time_dtype = torch.promote_types(z.dtype, torch.float32)    # also where z is bfloat16
     state = z.double()
     for t, s in zip(times[:-1], times[1:]):
-        t_batch = torch.full((len(z),), t, dtype=time_dtype, device=z.device)
-        x_hat = f(state.to(z.dtype), t_batch).double()
+        x_hat = guess(f, state, t, z.dtype)
         if x_var is None:
             state = mcm.ddim(x_hat, state, t, s, schedule)
         else:
@@ -68,8 +75,7 @@ def renoise(denoise, latents, sigmas, noise=None):
             eps = torch.randn_like(x)
         else:
             eps = noise[i - 1]
-        levels = torch.full((len(x),), float(sigma), dtype=x.dtype, device=x.device)
-        x = denoise(x + sigma * eps.double(), levels).double()
+        x = guess(denoise, x + sigma * eps.double(), sigma)
     return x
 
 @torch.no_grad()
@@ -83,14 +89,12 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
     x = latents.double() * sigmas[0]
     for t, t_next in zip(sigmas[:-1], sigmas[1:]):
         # (2) An Euler step along the slope dx/dsigma at t.
-        levels = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        slope = (x - denoise(x, levels).double()) / t
+        slope = (x - guess(denoise, x, t)) / t
         x_next = x + (t_next - t) * slope
 
         # (3) Heun's correction: the average of the slopes at both ends.
         if t_next > 0:
-            levels = torch.full_like(levels, t_next)
-            slope_next = (x_next - denoise(x_next, levels).double()) / t_next
+            slope_next = (x_next - guess(denoise, x_next, t_next)) / t_next
             x_next = x + (t_next - t) * (slope + slope_next) / 2
         x = x_next
     return x

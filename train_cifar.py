@@ -796,7 +796,8 @@ def open_run(settings, data):
     InputError if the folder holds a run of other settings or data, or the model does not fit.
     """
     steps = "-".join(map(str, settings.steps))
-    settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
+    segmented = "-segmented" * settings.segmented
+    settings.out = settings.out or f"runs/{data.name}-{settings.method}{segmented}-{steps}"
     settings.data = data.name
 
     # The same command goes on with a run. Another must not mix with it.
