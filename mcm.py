@@ -14,7 +14,7 @@ the one with which a DDIM jump from z_t lands there. For N > 1 it need not be an
                         <-------                the jump of f itself from z_s, the reference
                         <-----------            the jump from z_t that f learns, to the same place
 
-Symbols (B: samples in a batch; "...": any shape, such as C, H, W):
+Symbols (B is the number of samples, "..." any shape, such as C, H, W):
 
     MCM's paper    ECT's paper    here          shape           what it is
     x              x              x             [B, ...]        a clean image, in [-1, 1]

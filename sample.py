@@ -1,7 +1,7 @@
 """Samplers: plain functions of a network and noise. And a command, from a checkpoint to images.
 
-    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments; DDIM, with the f of
-                              a diffusion model
+    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments
+                              (given the f of a diffusion model, it is DDIM)
     addim       f(z, t)       MCM Algorithm 3: DDIM that keeps its variance
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1 without churn: second order, 2 * steps - 1 evaluations
@@ -64,7 +64,7 @@ def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
 def renoise(denoise, latents, sigmas, noise=None):
     """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64.
 
-    sigmas: falling noise levels, one for each step; ECT's two steps are [80, 0.821].
+    sigmas: falling noise levels, one for each step. ECT's two steps are [80, 0.821].
     noise: one [B, ...] for each sigma after the first. None: drawn here.
     """
     x = torch.zeros_like(latents, dtype=torch.float64)
@@ -101,7 +101,6 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
 
 # ---- From a network to images --------------------------------------------------------------------
 
-@torch.no_grad()
 def sample_batch(net, sampler, steps, noise, labels=None):
     """noise [draws, B, C, H, W], one draw or, for "renoise", one for each step -> x [B, C, H, W].
 

@@ -240,6 +240,16 @@ def test_what_samplers_ask_and_one_noise_for_each_image(sampler, steps, sigmas, 
         sample.generate(net, "ddim", steps, 8)
         assert not batches[4].allclose(batches[0])
 
+def test_each_image_has_its_own_label(monkeypatch):
+    seen = []
+    def recorded(net, sampler, steps, noise, labels):
+        seen.append(labels)
+        return noise[0]
+    monkeypatch.setattr(sample, "sample_batch", recorded)
+    labels = (torch.arange(127) > 100).long()               # in two batches
+    sample.generate(small_net(classes=3), "ddim", 1, 127, labels=labels)
+    assert torch.cat(seen).argmax(1).equal(labels)
+
 def test_times_stay_exact_for_noise_in_bfloat16():
     net = Recorder()
     z = sample.multistep(mcm.make_f(net, steps=8), torch.zeros(2, 3).bfloat16(), 8)
@@ -555,6 +565,13 @@ def test_fid_facts_and_grey_levels():
     for part in x.split([10, 1, 289]):
         statistics.update(part)
     assert allclose(statistics.mean, x.mean(0)) and allclose(statistics.cov, np.cov(x.T), rtol=1e-9)
+    images = randn(200, 3, 1, 2).mul(50).add(128).byte()        # some of them; floors of n, of halves
+    rows, order = torch.arange(150, 50, -1), fid.shuffled(images)
+    features = images.flatten(1).double()
+    assert allclose(fid.statistics_of(images, nn.Flatten(), rows).mean, features[rows].mean(0))
+    for n, half in ((10, 10), (150, 100)):
+        floor = distance(features[order[:half]], features[order[half:2 * half]])
+        assert allclose(fid.floor_of(images, nn.Flatten(), n), floor)
     few = randn(20, 50)                                         # n < d
     assert 0 <= distance(few, few) < 1e-6 and allclose(distance(few, few + 3), 50 * 3**2)
     with pytest.raises(InputError, match="50.*40"):
@@ -687,8 +704,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path.parent))
     images = train_cifar.shapes(64, 16)[0].permute(0, 2, 3, 1).numpy()
     np.savez("few.npz", images, 16 * ["cat", "dog", "dog", "dog"])
-    useless = dict(zero=images, one=images[:1], pair=images[:2], odd=images[:, 1:, 1:], float=images / 255,
-                   object=np.array([{}], dtype=object))
+    useless = dict(zero=images, one=images[:1], pair=images[:2], odd=images[:, 1:, 1:],
+                   float=images / 255, object=np.array([{}], dtype=object))
     for name, data in useless.items():
         np.savez(f"{name}.npz", data)
     np.savez("short.npz", mu=np.zeros(5), sigma=np.eye(5))
@@ -852,6 +869,31 @@ def test_another_command_is_refused_by_a_run(folder, capsys):
     assert "tuned" in refusal("train_cifar", TINY + "--init run/tuned.pt", capsys)
     other = "--init run/diffusion.pt --classes"         # made without classes
     assert "--init" in refusal("train_cifar", TINY + other, capsys)
+    os.remove("run/tuned.pt")                           # as in the first phase
+    assert "--steps" in refusal("train_cifar", TINY + "--out run --steps 4", capsys)
+
+def test_presets(tmp_path, monkeypatch, capsys):
+    """cifar10 where there are a GPU and its files, else shapes. A preset's model fits its own data."""
+    def read(line):
+        return train_cifar.read_settings(argparse.ArgumentParser(), line.split())
+    monkeypatch.setattr(train_cifar, "DEVICE", torch.device("cpu"))
+    assert (read("").preset, read("").init) == ("shapes", "shapes")
+    assert "no GPU" in capsys.readouterr().out
+    for line in ("--width 16", "--classes", "--data x"):
+        assert read(line).init == "none" and read(line + " --init a.pt").init == "a.pt"
+    monkeypatch.setattr(train_cifar, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(fid, "read_images", Mock())
+    monkeypatch.setattr(fid, "download", Mock())
+    assert (read("").preset, read("").init) == ("cifar10", "edm")
+    assert read("--data x").preset == "shapes"
+    monkeypatch.setattr(fid, "download", Mock(side_effect=InputError("no file")))
+    assert read("").preset == "shapes" and "no file" in capsys.readouterr().out
+
+    # ECT in segments has a folder of its own.
+    monkeypatch.chdir(tmp_path)
+    settings = read("--preset shapes --method ect --segmented --init none")
+    train_cifar.open_run(settings, SimpleNamespace(name="cats"))
+    assert settings.out == "runs/cats-ect-segmented-2"
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
     """And the last good checkpoint stays. In fp16 one loss that overflows is one step skipped."""

@@ -115,8 +115,11 @@ def read_settings(parser, arguments):
     if settings.init is None and (other_data or settings.width or settings.classes):
         settings.init = "none"
     for name, how, shapes, cifar10, text in SETTINGS:
+        default = shapes
+        if settings.preset == "cifar10":
+            default = cifar10
         if getattr(settings, name) is None:
-            setattr(settings, name, {"shapes": shapes, "cifar10": cifar10}[settings.preset])
+            setattr(settings, name, default)
 
     # What does not go together.
     if settings.width not in (8, 16) and settings.width % 32:
@@ -222,7 +225,7 @@ class Block(nn.Module):
 class DDPMpp(nn.Module):
     """The raw network F(c_in x, c_noise). Its blocks are called {side}x{side}_{block}, as EDM's.
 
-    width, mult: channels of the levels. blocks: of each level. attention: sides that have it; the
+    width, mult: channels of the levels. blocks: of each level. attention: sides that have it. The
     first block of the decoder always has it.
     patch: works on patch x patch pixels at a time. segments: rows of an embedding, mcm.segment.
     """
@@ -325,7 +328,7 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
 
-    Preconditioning is the same in train() and eval(); ECT's differs by 0.003 in sigma. Another
+    Preconditioning is the same in train() and eval(). ECT's differs by 0.003 in sigma. Another
     network here needs the same constructor, forward, .arguments, .image_shape and .model.classes.
     """
     autocast = None     # the dtype that all raw networks compute in; None: float32
@@ -520,7 +523,7 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
               t_step=None):
     """The loss of one iteration -> [B]. It runs on the device and compiles as one graph.
 
-    x: uint8 [B, 3, H, W]; stage: ECT's, a tensor []; the rest: as `draw` drew it.
+    x: uint8 [B, 3, H, W]. stage: ECT's, a tensor []. The rest: as `draw` drew it.
     """
     x = x.float() / 127.5 - 1
     if phase == "diffusion":
@@ -665,6 +668,7 @@ def report(diffusion, tuned, data, settings, extractor):
     metric = fid.metric_name(extractor.name, n)
     say(f"\n{data.name}: {metric}; floor, real images to real: {floor:.2f}\n"
         "model      steps  evaluations  distance  images/s")
+
     # At N steps before and after the tuning, and the diffusion model at its best.
     table = [("diffusion", "ddim", N, N) for N in settings.steps]
     sampler, _ = how_to_sample(settings, "tuned")
@@ -795,13 +799,15 @@ def open_run(settings, data):
 
     InputError if the folder holds a run of other settings or data, or the model does not fit.
     """
-    steps = "-".join(map(str, settings.steps))
-    segmented = "-segmented" * settings.segmented
-    settings.out = settings.out or f"runs/{data.name}-{settings.method}{segmented}-{steps}"
+    method, steps = settings.method, "-".join(map(str, settings.steps))
+    if settings.segmented:
+        method = "ect-segmented"
+    settings.out = settings.out or f"runs/{data.name}-{method}-{steps}"
     settings.data = data.name
 
     # The same command goes on with a run. Another must not mix with it.
-    for path in [Path(settings.out, f"{phase}.pt") for phase in ("diffusion", "tuned")]:
+    for phase in ("diffusion", "tuned"):
+        path = Path(settings.out, f"{phase}.pt")
         if not path.exists():
             continue
         for name, before in load_checkpoint(path)["settings"].items():
