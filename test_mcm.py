@@ -565,7 +565,7 @@ def test_fid_facts_and_grey_levels():
     for part in x.split([10, 1, 289]):
         statistics.update(part)
     assert allclose(statistics.mean, x.mean(0)) and allclose(statistics.cov, np.cov(x.T), rtol=1e-9)
-    images = randn(200, 3, 1, 2).mul(50).add(128).byte()        # some of them; floors of n, of halves
+    images = randn(200, 3, 1, 2).mul(50).add(128).byte()        # some rows; the floors
     rows, order = torch.arange(150, 50, -1), fid.shuffled(images)
     features = images.flatten(1).double()
     assert allclose(fid.statistics_of(images, nn.Flatten(), rows).mean, features[rows].mean(0))
@@ -873,7 +873,7 @@ def test_another_command_is_refused_by_a_run(folder, capsys):
     assert "--steps" in refusal("train_cifar", TINY + "--out run --steps 4", capsys)
 
 def test_presets(tmp_path, monkeypatch, capsys):
-    """cifar10 where there are a GPU and its files, else shapes. A preset's model fits its own data."""
+    """cifar10 where there are a GPU and its files. A preset's model fits its own data alone."""
     def read(line):
         return train_cifar.read_settings(argparse.ArgumentParser(), line.split())
     monkeypatch.setattr(train_cifar, "DEVICE", torch.device("cpu"))
