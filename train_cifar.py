@@ -636,6 +636,8 @@ def train(net, teacher, data, settings, phase):
             say(f"stopped at iteration {done} and saved; the same command goes on")
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if DEVICE.type == "cuda":
+        say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     return ema
 
 # ---- What the tuning bought ----------------------------------------------------------------------
