@@ -491,8 +491,8 @@ def round_to_tf32(x):
 
 def test_precisions(monkeypatch):
     """Gradients near the end of tuning, against those of float32: -s prints the README's table."""
-    monkeypatch.setattr(train_cifar.UNet, "autocast", None)
-    net = train_cifar.load_network(train_cifar.load_checkpoint(HERE / "assets/dial.pt"))
+    monkeypatch.setattr(train_cifar.UNet, "dtype", torch.float32)
+    net = train_cifar.load_network(train_cifar.load_checkpoint(HERE / "assets/dial.pt")).cpu()
     x, eps = train_cifar.shapes(16)[0] / 127.5 - 1, randn(16, 3, 32, 32).float()
     g = torch.Generator().manual_seed(0)
     times, sigma = mcm.draw_times(16, 2, 1280, g), ect.draw_t(16, generator=g)
@@ -506,7 +506,7 @@ def test_precisions(monkeypatch):
 
     right, table = [gradient(loss) for loss in (mct, ect_256)], {}
     for name, dtype in [("fp16", torch.float16), ("bf16", torch.bfloat16), ("tf32", None)]:
-        train_cifar.UNet.autocast = dtype
+        train_cifar.UNet.dtype = dtype or torch.float32
         if name == "tf32":                          # of inputs and weights, in the forward pass
             for layer in net.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -698,7 +698,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = dict(mult=(1, 2), blocks=1, attention=(), patch=2)
     monkeypatch.setitem(train_cifar.NETS, "shapes", tiny)
-    monkeypatch.setattr(train_cifar.UNet, "autocast", None)     # main sets it
+    monkeypatch.setattr(train_cifar.UNet, "dtype", torch.float32)     # main sets it
     monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=ConnectionError))
     monkeypatch.setattr(fid, "CIFAR10", Mock(side_effect=OSError, url="u", filename="cifar"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path.parent))

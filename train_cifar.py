@@ -153,10 +153,10 @@ def choose_preset(data):
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
 
 def hash32(h):
-    """Mixes the 32 bits of h, int64 of any shape: each bit of the result depends on all of them."""
+    """Mixes the bits of h, int32 of any shape: each bit of the result depends on all of them."""
     for _ in range(2):
-        h = (((h >> 16) ^ h) * 0x45D9F3B) % 2**32           # the product stays below 2^63
-    return (h >> 16) ^ h
+        h = (((h >> 16) & 0xFFFF) ^ h) * 0x45D9F3B          # 32 bits of the product are kept
+    return ((h >> 16) & 0xFFFF) ^ h
 
 def dropout(x, p, seed, layer):
     """Dropout of x [B, C, H, W] by a mask that depends on (seed [B], layer, element) alone.
@@ -164,10 +164,11 @@ def dropout(x, p, seed, layer):
     Both passes of a consistency step must have one mask, on every device, compiled or not, on one
     process or eight. A saved and restored state of a random generator does not survive CUDA graphs.
     """
-    element = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])    # [C, H, W]
+    element = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
     # 0x9E3779B1, a prime near 2^32 over the golden ratio, keeps the layers' seeds far apart.
-    start = hash32((seed + 0x9E3779B1 * layer) % 2**32).view(-1, 1, 1, 1)   # [B, 1, 1, 1]
-    keep = hash32((start + element) % 2**32) >= int(p * 2**32)              # [B, C, H, W]
+    start = hash32((seed + 0x9E3779B1 * layer).int())               # [B]
+    chance = hash32(start.view(-1, 1, 1, 1) + element.view(x.shape[1:]))    # [B, C, H, W]
+    keep = chance >= int(p * 2**32) - 2**31             # int32: from -2^31 up to 2^31
     return x * keep / (1 - p)
 
 def group_norm(channels):
@@ -297,13 +298,13 @@ class DDPMpp(nn.Module):
         """Noisy images [B, 3, H, W] and c_noise [B] -> [B, 3, H, W]. The rest: UNet.forward."""
         # The embedding of noise level, label and segment: [B, c_emb].
         angle = c_noise[:, None] * self.frequencies
-        emb = torch.cat([angle.sin(), angle.cos()], 1)
+        emb = torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype)
         if self.classes:
             if labels is None:              # zeros, which still add the bias
                 labels = emb.new_zeros(1, self.classes)
-            emb = emb + self.map_label(labels * self.classes**0.5)
+            emb = emb + self.map_label(labels.to(x.dtype) * self.classes**0.5)
         if augment is not None:
-            emb = emb + self.map_augment(augment)
+            emb = emb + self.map_augment(augment.to(x.dtype))
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if segment is not None:
             emb = emb + self.map_segment(segment)
@@ -331,7 +332,7 @@ class UNet(nn.Module):
     Preconditioning is the same in train() and eval(). ECT's differs by 0.003 in sigma. Another
     network here needs the same constructor, forward, .arguments, .image_shape and .model.classes.
     """
-    autocast = None     # the dtype that all raw networks compute in; None: float32
+    dtype = torch.float32           # that all raw networks compute in
 
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, **more):
         super().__init__()
@@ -357,13 +358,11 @@ class UNet(nn.Module):
         c_out = SIGMA_DATA * level * c_in
         c_noise = sigma.log() / 4                               # [B]
 
-        # One autocast for each pass. A single one around both would reuse, in the second pass, the
-        # half-precision weights of the first, which have no gradient.
-        half = contextlib.nullcontext()
-        if self.autocast is not None:
-            half = torch.autocast(x.device.type, self.autocast)
-        with half:
-            raw = self.model(c_in * x, c_noise, labels, augment, segment, seed)
+        # The raw network with its weights, and so all that it computes, in self.dtype. (torch's
+        # autocast would keep group norms in float32: twice the memory traffic.)
+        weights = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
+        inputs = (c_in * x).to(self.dtype), c_noise, labels, augment, segment, seed
+        raw = torch.func.functional_call(self.model, weights, inputs)
         return c_skip * x + c_out * raw.float()
 
 # ---- Data: uint8 images [n, 3, H, W], labels int64 [n], names of the classes ---------------------
@@ -565,8 +564,10 @@ def train(net, teacher, data, settings, phase):
     optimizer = torch.optim.RAdam(net.parameters(), foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
 
-    # One graph, without recompiling. On a GPU "reduce-overhead" records and replays it.
-    loss_of = torch.compile(step_loss, fullgraph=True, mode="reduce-overhead",
+    # One graph, without recompiling. On a GPU it is recorded and replayed, channels last throughout:
+    # by default the compiler leaves networks with wide inputs to convolutions as they are.
+    options = {"triton.cudagraphs": True, "force_layout_optimization": True}
+    loss_of = torch.compile(step_loss, fullgraph=True, options=options,
                             disable=not settings.compile)
 
     # Restore. This copies tensors to the GPU, all but RAdam's counter, which stays on the CPU.
@@ -722,7 +723,7 @@ def main(arguments=None):
     torch.backends.cudnn.benchmark = True                   # shapes are always the same
     torch.backends.cudnn.allow_tf32 = settings.precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = settings.precision != "fp32"
-    UNet.autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.precision)
+    UNet.dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(settings.precision, torch.float32)
 
     # Train a diffusion model, if none is given.
     if diffusion is None:
