@@ -25,6 +25,7 @@ FIXTURES = HERE.parent / "shared" / "fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="../shared/fixtures is absent")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 torch.set_num_threads(1)                # for small tensors threads mostly wait for each other
+train_cifar.DEVICE = torch.device("cpu")            # the tests that want a GPU say so
 
 def randn(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
@@ -492,7 +493,7 @@ def round_to_tf32(x):
 def test_precisions(monkeypatch):
     """Gradients near the end of tuning, against those of float32: -s prints the README's table."""
     monkeypatch.setattr(train_cifar.UNet, "dtype", torch.float32)
-    net = train_cifar.load_network(train_cifar.load_checkpoint(HERE / "assets/dial.pt")).cpu()
+    net = train_cifar.load_network(train_cifar.load_checkpoint(HERE / "assets/dial.pt"))
     x, eps = train_cifar.shapes(16)[0] / 127.5 - 1, randn(16, 3, 32, 32).float()
     g = torch.Generator().manual_seed(0)
     times, sigma = mcm.draw_times(16, 2, 1280, g), ect.draw_t(16, generator=g)
@@ -778,6 +779,7 @@ def test_a_run_that_died_and_went_on_is_the_run_that_did_not(method, folder, mon
     assert not [name for name in made if "part" in name]
 
 def test_two_processes_are_one(folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")                  # for two it needs two GPUs
     monkeypatch.setitem(train_cifar.NETS, "shapes", SHAPES_NET)     # as the others will see it
     line = TINY + "--steps 1 2 --classes --out "
     train_cifar.main((line + "one").split())
