@@ -104,8 +104,8 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
 def sample_batch(net, sampler, steps, noise, labels=None):
     """noise [draws, B, C, H, W], one draw or, for "renoise", one for each step -> x [B, C, H, W].
 
-    sampler: "multistep" for MCT, MCD and ECT in segments; "renoise" for ECT; "ddim", "addim" or
-    "heun" for a diffusion model. labels: one-hot [B, classes] or None.
+    sampler: "multistep" for MCT, MCD and ECT in segments; "renoise" for ECT; "ddim" or "heun" for a
+    diffusion model. labels: one-hot [B, classes] or None.
     """
     if sampler == "multistep":
         return multistep(mcm.make_f(net, steps=steps, labels=labels), noise[0], steps)
@@ -118,8 +118,6 @@ def sample_batch(net, sampler, steps, noise, labels=None):
         return renoise(mcm.conditioned(net, 1, labels=labels), noise[0], sigmas, noise[1:])
     if sampler == "heun":
         return heun(mcm.conditioned(net, labels=labels), noise[0], steps)
-    if sampler == "addim":
-        return addim(mcm.make_f(net, labels=labels), noise[0], steps)
     return multistep(mcm.make_f(net, labels=labels), noise[0], steps)
 
 def generate(net, sampler, steps, n, seed=0, labels=None):
@@ -161,8 +159,7 @@ def main(arguments=None):
     add("--steps", type=number(int, 1, 1000), help="default: the most that it is for")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
-    add("--sampler", choices=("ddim", "addim", "heun"), help="of a diffusion model")
-    add("--class", dest="label", help="a class's name or number; default: all in turn")
+    add("--class", dest="label", help="a class's name; default: all in turn")
     add("--seed", type=number(int, 0, 2**32), default=0)
     args = parser.parse_args(arguments)
 
@@ -171,24 +168,18 @@ def main(arguments=None):
         if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
             raise InputError(f"--out {args.out}: needs a .png or .npz in an existing folder")
         state = load_checkpoint(args.checkpoint)
-        names, own_steps = state["class_names"], state["steps"]
+        names, sampler, own_steps = state["class_names"], state["sampler"], state["steps"]
         steps = args.steps or max(own_steps)
-        sampler = args.sampler or state["sampler"]
-        if args.sampler and state["phase"] == "tuned":
-            raise InputError("--sampler: of diffusion models, and this one is tuned")
         if sampler == "multistep" and steps not in own_steps:
             raise InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
-        classes = list(range(len(names)))
-        if args.label is not None:
-            named = [i for i in classes if names[i] == args.label]
-            classes = named or [i for i in classes if str(i) == args.label]
-            if not classes:
-                raise InputError(f"--class {args.label}: it knows {names or 'no classes'}")
+        if args.label is not None and args.label not in names:
+            raise InputError(f"--class {args.label}: it knows {names or 'no classes'}")
     except (InputError, OSError) as error:
         parser.error(str(error))
 
     labels = None
     if names:
+        classes = [i for i, name in enumerate(names) if args.label in (None, name)]
         labels = torch.tensor(classes)[torch.arange(args.n) % len(classes)]
     images = generate(load_network(state), sampler, steps, args.n, args.seed, labels)
     with atomic(args.out) as part:

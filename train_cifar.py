@@ -115,11 +115,8 @@ def read_settings(parser, arguments):
     if settings.init is None and (other_data or settings.width or settings.classes):
         settings.init = "none"
     for name, how, shapes, cifar10, text in SETTINGS:
-        default = shapes
-        if settings.preset == "cifar10":
-            default = cifar10
         if getattr(settings, name) is None:
-            setattr(settings, name, default)
+            setattr(settings, name, shapes if settings.preset == "shapes" else cifar10)
 
     # What does not go together.
     if settings.width not in (8, 16) and settings.width % 32:
@@ -247,8 +244,7 @@ class DDPMpp(nn.Module):
         self.map_layer1 = nn.Linear(c_emb, c_emb)
         if segments:
             self.map_segment = nn.Embedding(segments, c_emb)
-        self.enc = nn.ModuleDict()
-        self.dec = nn.ModuleDict()
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
 
         def block(c_in, c_out, attention=False, resample=None):
             layer = len(self.enc) + len(self.dec) - 1       # 0, 1, 2, ..., for dropout
@@ -401,10 +397,7 @@ def shapes(n=20_000, size=32):
 def load_data(settings):
     """--data -> a namespace: images, labels, class_names (empty without --classes), name."""
     name = settings.data
-    if name == "shapes":
-        images, labels, class_names = shapes()
-    else:
-        images, labels, class_names = fid.read_images(name)
+    images, labels, class_names = shapes() if name == "shapes" else fid.read_images(name)
     n, _, height, width = images.shape
     if height != width or height % 16 or n < 8:
         raise InputError(f"--data {name}: needs 8 square images or more, of 16, 32, ... pixels")
@@ -625,10 +618,6 @@ def train(net, teacher, data, settings, phase):
             left = timedelta(seconds=int((iters - done) * settings.batch / speed))
             say(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left} left")
             losses, clock = [], time.time()
-            if RANK == 0:
-                with open(path.with_name("metrics.jsonl"), "a") as file:
-                    row = dict(phase=phase, step=done, loss=loss, images_per_second=speed)
-                    print(json.dumps(row), file=file)
 
         # Save the state and some samples.
         if done % settings.save_every == 0 or done == iters or asked_to_stop:
@@ -673,13 +662,12 @@ def report(diffusion, tuned, data, settings, extractor):
         "model      steps  evaluations  distance  images/s")
 
     # At N steps before and after the tuning, and the diffusion model at its best.
-    table = [("diffusion", "ddim", N, N) for N in settings.steps]
+    table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
     sampler, _ = how_to_sample(settings, "tuned")
-    table += [(settings.method, sampler, N, N) for N in settings.steps]
-    table += [("diffusion", "heun", 18, 35)]
+    table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
+    table += [("diffusion", diffusion, "heun", 18, 35)]
     rows, pictures = [], []
-    for method, sampler, steps, nfe in table:               # nfe: evaluations of the network
-        net = diffusion if method == "diffusion" else tuned
+    for method, net, sampler, steps, nfe in table:          # nfe: evaluations of the network
         start = time.time()
         images = sample.generate(net, sampler, steps, n, settings.seed, labels_of(data, n))
         speed = n / (time.time() - start)
@@ -719,11 +707,12 @@ def main(arguments=None):
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 
-    # TF32 for what autocast leaves in float32, then autocast itself.
+    # What the GPU computes in.
     torch.backends.cudnn.benchmark = True                   # shapes are always the same
     torch.backends.cudnn.allow_tf32 = settings.precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = settings.precision != "fp32"
-    UNet.dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(settings.precision, torch.float32)
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    UNet.dtype = dtypes.get(settings.precision, torch.float32)
 
     # Train a diffusion model, if none is given.
     if diffusion is None:
