@@ -217,7 +217,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return distance.clamp(min=0).item()
 
 def statistics_of(images, extractor, rows=None):
-    """uint8 [n, 3, H, W], and which of them (None: all) -> Statistics. Shows the time left."""
+    """Images of read_images, and which of them (None: all) -> Statistics. Shows the time left."""
     if rows is None:
         rows = torch.arange(len(images))
     statistics, start = Statistics(), time.perf_counter()
@@ -262,7 +262,8 @@ def load_statistics(path, made_by):
 def read_images(source):
     """A folder, a .zip, an .npz or "cifar10" -> uint8 [n, 3, H, W], labels int64 [n], class names.
 
-    A label that no image has is no class. InputError for what cannot be read, with its name.
+    The images are a tensor or `Files`. A label that no image has is no class. InputError for what
+    cannot be read, with its name.
     """
     path = Path(source)
     if source == "cifar10":
@@ -270,20 +271,23 @@ def read_images(source):
             data = CIFAR10("data", download=True)
         except (OSError, RuntimeError) as error:
             raise InputError(f"data/{CIFAR10.filename}: put {CIFAR10.url} there") from error
-        pixels, labels = data.data, np.array(data.classes)[data.targets]
+        images, labels = data.data, np.array(data.classes)[data.targets]
     elif path.suffix == ".npz":
         arrays = load_arrays(path)
-        pixels = arrays.get("arr_0", np.zeros(0))
-        labels = arrays.get("arr_1", np.zeros(len(pixels)))
-        uint8_nhwc = pixels.dtype == np.uint8 and pixels.shape[3:] == (3,)
-        if not uint8_nhwc or labels.shape != (len(pixels),):
+        images = arrays.get("arr_0", np.zeros(0))
+        labels = arrays.get("arr_1", np.zeros(len(images)))
+        uint8_nhwc = images.dtype == np.uint8 and images.shape[3:] == (3,)
+        if not uint8_nhwc or labels.shape != (len(images),):
             raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
-        pixels, labels = read_files(path)
+        images = Files(path)
+        labels = images.labels
+    if path.suffix == ".npz" or source == "cifar10":
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
     # Labels may be names or numbers. They become 0, 1, 2, ... in sorted order.
     classes, labels = np.unique(labels, return_inverse=True)
     names = [str(name) for name in classes if len(classes) > 1]     # or none
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), names
+    return images, torch.from_numpy(labels), names
 
 def load_arrays(path):
     """An .npz -> a dict of its arrays."""
@@ -292,56 +296,64 @@ def load_arrays(path):
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a readable .npz, write it anew") from error
 
-def read_files(path):
-    """The images in a folder or a .zip -> uint8 [n, H, W, 3], labels [n]."""
-    if path.is_dir():                           # each file once, whatever links lead to it
-        found = {file.resolve(): file for file in sorted(path.rglob("*")) if file.is_file()}
-        root, names = path, [file.relative_to(path).as_posix() for file in found.values()]
-    elif zipfile.is_zipfile(path):
-        root, names = zipfile.Path(path), zipfile.ZipFile(path).namelist()
-        names = [name for name in names if not name.endswith("/")]
-    else:
-        raise InputError(f"{path}: is no folder, no .zip, no .npz and not cifar10")
-    # All but the shadows that macOS leaves.
-    files = [name for name in sorted(names)
-             if folder.is_image_file(name) and not Path(name).name.startswith("._")]
-    if not files:
-        raise InputError(f"{path}: no images in it")
-    others = len(set(names) - {*files, "dataset.json"})
-    if others:
-        print(f"{path}: {others} files are no images, and are left out", file=sys.stderr)
+class Files:
+    """The images in a folder or a .zip, decoded when asked for: files[rows] -> uint8 [B, 3, H, W].
 
-    # EDM and StyleGAN keep labels in dataset.json. Without it, the folders are the classes.
-    labels = [name.rpartition("/")[0] for name in files]
-    if "dataset.json" in names:
-        try:
-            table = dict(json.loads((root / "dataset.json").read_text())["labels"] or ())
-            labels = [int(table.get(name, -1)) for name in files]
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: dataset.json lacks numbers") from error
+    So they need not fit into memory. Each has a label, the name or number of its class.
+    """
+    def __init__(self, path):
+        # Which files? Each once, whatever links lead to it, but not the shadows that macOS leaves.
+        if path.is_dir():
+            found = {file.resolve(): file for file in sorted(path.rglob("*")) if file.is_file()}
+            root, names = path, [file.relative_to(path).as_posix() for file in found.values()]
+        elif zipfile.is_zipfile(path):
+            root, names = zipfile.Path(path), zipfile.ZipFile(path).namelist()
+            names = [name for name in names if not name.endswith("/")]
+        else:
+            raise InputError(f"{path}: is no folder, no .zip, no .npz and not cifar10")
+        files = [name for name in sorted(names)
+                 if folder.is_image_file(name) and not Path(name).name.startswith("._")]
+        if not files:
+            raise InputError(f"{path}: no images in it")
+        others = len(set(names) - {*files, "dataset.json"})
+        if others:
+            print(f"{path}: {others} files are no images, and are left out", file=sys.stderr)
 
-    # A few threads decode. Pillow and zipfile raise these errors over damaged files.
-    def decode(name):
-        """-> uint8 [H, W, 3]."""
+        # EDM and StyleGAN keep labels in dataset.json. Without it, the folders are the classes.
+        self.labels = [name.rpartition("/")[0] for name in files]
+        if "dataset.json" in names:
+            try:
+                table = dict(json.loads((root / "dataset.json").read_text())["labels"] or ())
+                self.labels = [int(table.get(name, -1)) for name in files]
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{path}: dataset.json lacks numbers") from error
+        self.path, self.root, self.files = path, root, files
+        self.shape = (len(files), *self.decode(files[0]).shape)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, rows):
+        files = [self.files[row] for row in rows.tolist()]
+        with ThreadPoolExecutor(4) as pool:
+            images = list(pool.map(self.decode, files))
+        for file, image in zip(files, images):
+            if image.shape != self.shape[1:]:
+                raise InputError(f"{self.path}: {file} is {image.shape}, not {self.shape[1:]}")
+        return torch.from_numpy(np.stack(images))
+
+    def decode(self, file):
+        """-> uint8 [3, H, W]. Pillow and zipfile raise these errors over damaged files."""
         try:
-            with (root / name).open("rb") as file, Image.open(file) as image:
+            with (self.root / file).open("rb") as opened, Image.open(opened) as image:
                 if image.mode.startswith(("I", "F")):       # Pillow would clip these
                     raise ValueError("more than 8 bits a channel")
                 image = ImageOps.exif_transpose(image).convert("RGBA")
         except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{path}: {name} cannot be read ({error})") from error
+            raise InputError(f"{self.path}: {file} cannot be read ({error})") from error
         white = Image.new("RGBA", image.size, "white")      # behind transparent pixels
-        return np.array(Image.alpha_composite(white, image).convert("RGB"))
-
-    # Each image goes to its place, so that the pixels are in memory once.
-    with ThreadPoolExecutor(4) as pool:
-        for i, image in enumerate(pool.map(decode, files)):
-            if i == 0:
-                pixels = np.empty((len(files), *image.shape), np.uint8)
-            if image.shape != pixels.shape[1:]:
-                raise InputError(f"{path}: {files[i]} is {image.shape}, not {pixels.shape[1:]}")
-            pixels[i] = image
-    return pixels, np.array(labels)
+        image = Image.alpha_composite(white, image).convert("RGB")
+        return np.array(image).transpose(2, 0, 1)
 
 def main(arguments=None):
     """The command line: images to judge and real ones -> one line with the distance."""

@@ -160,7 +160,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
     f is called at s without gradient, then at t with. Dropout in f should have one mask for both
     calls. Autocast belongs inside f: around both, it would reuse weights without gradient.
-    draw_times gives cosine's times. With schedule=mcm.edm, give its sigma / alpha for all three.
+    draw_times gives cosine's times. For schedule=mcm.edm, give cosine's sigma / alpha at each.
     """
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)

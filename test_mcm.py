@@ -363,6 +363,14 @@ def test_unet_is_edms(kind, classes):
     net.model.map_segment.weight += 1.0
     assert not allclose(net(x, sigma, labels, segment=torch.tensor([1])), io["D"], atol=3e-5)
 
+def test_half_precision_is_near():
+    net, x = small_net(classes=2, augment_dim=9, segments=3).requires_grad_(False), randn(2, 3, 8, 8)
+    more = dict(labels=torch.eye(2), augment=torch.ones(2, 9), segment=torch.tensor([0, 2]))
+    right = net(x, 1.0, **more)
+    net.dtype = torch.float16
+    error = (net(x, 1.0, **more) - right).abs().max()
+    assert right.dtype == torch.float32 and 0 < error < 0.01
+
 def test_unet_is_as_large_as_edms():
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = train_cifar.UNet(augment_dim=9)
@@ -594,7 +602,10 @@ def test_what_is_in_a_folder(tmp_path, capsys):
     picture(tmp_path / "sub/3.png", (7, 0, 0))
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "again.png").symlink_to("2.png")                # counts once
-    images = fid.read_images(str(tmp_path))[0]
+    files = fid.read_images(str(tmp_path))[0]
+    images = files[torch.arange(4)]
+    assert len(files) == 4 and files.shape == images.shape and files[torch.tensor([3, 1])].equal(
+        images[[3, 1]])
     assert "1 files are no images" in capsys.readouterr().err
     assert images.shape == (4, 3, 16, 16) and images[:, 0, 15, 0].tolist()[2:] == [9, 7]
     assert images[0, 0, 0].eq(0).all() and images[0, 0, 15].eq(200).all()
@@ -602,7 +613,7 @@ def test_what_is_in_a_folder(tmp_path, capsys):
     for name, size, mode in [("larger.png", (32, 32), "RGB"), ("deep.png", (16, 16), "I;16")]:
         picture(tmp_path / name, 0, size, mode)
         with pytest.raises(InputError, match=name):
-            fid.read_images(str(tmp_path))
+            fid.statistics_of(fid.read_images(str(tmp_path))[0], fid.random_features)
         os.remove(tmp_path / name)
 
 def test_downloads(tmp_path, monkeypatch):
@@ -934,7 +945,8 @@ def test_labels_and_distances_of_files(folder, capsys):
     Path("FOLDER/dataset.json").write_text(json.dumps({"labels": table}))
     shutil.make_archive("edm", "zip", "FOLDER")
     for source in ("FOLDER", "edm.zip"):
-        images, labels, names = fid.read_images(source)
+        files, labels, names = fid.read_images(source)
+        images = files[torch.arange(64)]
         number = images[:, 0, 0, 0]
         assert sorted(number.tolist()) == list(range(64))
         assert names == ["3", "7"] and labels.equal((number % 4 == 0).long())
@@ -956,7 +968,7 @@ def test_labels_and_distances_of_files(folder, capsys):
 BAD = {"train_cifar": """
 --steps 0, --steps x, --steps, --method dog, --batch 0, --lr nan, --lr -1, --ema 2, --what
 --iters 1.5, --precision fp8, --T 4, --seed -1, --preset big, --segmented, --init nowhere > nowhere
---method ect --q 256 --stages 3 > --stages
+--method ect --q 256 --stages 3 > --stages, --stages 2000 > --stages
 --segmented --method ect --steps 1 2 > --segmented, --init text.npz > text.npz
 --out text.npz/x > text.npz, --init text.pkl > text.pkl, --init text.pt > text.pt
 --init edm > edm-cifar10

@@ -16,7 +16,7 @@ tuned to few steps (phase "tuned"). One iteration of `train`:
     average         ema <- ema + (1 - decay) (net - ema): the weights that are sampled
     log, save       every 100 and every --save-every iterations: a line, a checkpoint, samples
 """
-import argparse, contextlib, copy, hashlib, io, json, os, pickle, signal, sys, time
+import argparse, contextlib, copy, hashlib, io, json, math, os, pickle, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,8 +55,8 @@ TEXT = {}
 
 # Two presets, named after their data. "cifar10" has the papers' settings: those of ECT's A100 hour,
 # with T and huber_eps of MCM. "shapes" is small and short. The target at t comes from f at s, whose
-# own target comes from further down: errors add up. So a short run takes fewer steps (for ECT, a
-# smaller q^stages). The rest was found by trying.
+# own target comes from further down: errors add up. So a short run takes fewer teacher steps T (for
+# ECT, a smaller q^stages). The rest was found by trying.
 SETTINGS = [
     # name, how it is read, preset shapes, preset cifar10, what it is
     ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "other defaults"),
@@ -123,7 +123,7 @@ def read_settings(parser, arguments):
         raise InputError("--width: 8, 16 or a multiple of 32, for groups of channels")
     if settings.segmented and (settings.method != "ect" or len(settings.steps) > 1):
         raise InputError("--segmented: needs --method ect and a single number of --steps")
-    if settings.q**settings.stages > 2**20:
+    if settings.stages * math.log2(settings.q) > 20:
         raise InputError("--q, --stages: q^stages is above 2^20, and t - r is lost in rounding")
     if settings.batch % WORLD:
         raise InputError(f"--batch {settings.batch}: not a multiple of {WORLD} processes")
@@ -325,7 +325,7 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
 
-    Preconditioning is the same in train() and eval(). ECT's differs by 0.003 in sigma. Another
+    It is the same in train() and eval(). (The authors of ECT give sigma - 0.003 in eval().) Another
     network here needs the same constructor, forward, .arguments, .image_shape and .model.classes.
     """
     dtype = torch.float32           # that all raw networks compute in
@@ -398,6 +398,7 @@ def load_data(settings):
     """--data -> a namespace: images, labels, class_names (empty without --classes), name."""
     name = settings.data
     images, labels, class_names = shapes() if name == "shapes" else fid.read_images(name)
+    images = images[torch.arange(len(images))]      # files are read here
     n, _, height, width = images.shape
     if height != width or height % 16 or n < 8:
         raise InputError(f"--data {name}: needs 8 square images or more, of 16, 32, ... pixels")
@@ -590,7 +591,7 @@ def train(net, teacher, data, settings, phase):
         # Forward and backward. The gradients of all processes are added up.
         loss = loss_of(net, teacher, settings, phase, stage, **share).mean()
         scaler.scale(loss / WORLD).backward()
-        losses.append(loss.detach().clone())    # CUDA graphs write over their results
+        losses.append(loss.detach())
         for p in net.parameters():
             if WORLD > 1 and p.grad is not None:
                 dist.all_reduce(p.grad)
