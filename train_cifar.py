@@ -359,7 +359,7 @@ class UNet(nn.Module):
         weights = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
         inputs = (c_in * x).to(self.dtype), c_noise, labels, augment, segment, seed
         raw = torch.func.functional_call(self.model, weights, inputs)
-        return c_skip * x + c_out * raw.float()
+        return c_skip * x + c_out * raw
 
 # ---- Data: uint8 images [n, 3, H, W], labels int64 [n], names of the classes ---------------------
 
