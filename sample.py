@@ -159,7 +159,7 @@ def main(arguments=None):
     add("--steps", type=number(int, 1, 1000), help="default: the most that it is for")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
-    add("--class", dest="label", help="a class's name; default: all in turn")
+    add("--class", dest="label", help="a class's name or number; default: all in turn")
     add("--seed", type=number(int, 0, 2**32), default=0)
     args = parser.parse_args(arguments)
 
@@ -172,14 +172,15 @@ def main(arguments=None):
         steps = args.steps or max(own_steps)
         if sampler == "multistep" and steps not in own_steps:
             raise InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
-        if args.label is not None and args.label not in names:
+        known = names if args.label in names else [str(i) for i in range(len(names))]
+        if args.label is not None and args.label not in known:
             raise InputError(f"--class {args.label}: it knows {names or 'no classes'}")
     except (InputError, OSError) as error:
         parser.error(str(error))
 
     labels = None
     if names:
-        classes = [i for i, name in enumerate(names) if args.label in (None, name)]
+        classes = [i for i, name in enumerate(known) if args.label in (None, name)]
         labels = torch.tensor(classes)[torch.arange(args.n) % len(classes)]
     images = generate(load_network(state), sampler, steps, args.n, args.seed, labels)
     with atomic(args.out) as part:

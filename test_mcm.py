@@ -818,7 +818,7 @@ def test_what_sample_asks_for(folder, monkeypatch, capsys):
         asked.append((sampler, steps, n, seed, labels.tolist()))
         return torch.zeros(n, 3, 16, 16).byte()
     monkeypatch.setattr(sample, "generate", generate)
-    for line in ("tuned.pt", "tuned.pt --steps 1 --class dog --seed 7", "diffusion.pt --class cat"):
+    for line in ("tuned.pt", "tuned.pt --steps 1 --class dog --seed 7", "diffusion.pt --class 0"):
         sample.main(f"run/{line} --n 4 --out x.png".split())
     assert asked == [("multistep", 2, 4, 0, [0, 1, 0, 1]), ("multistep", 1, 4, 7, 4 * [1]),
                      ("heun", 18, 4, 0, 4 * [0])]
