@@ -919,6 +919,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
     assert torch.load("other/tuned.pt", weights_only=True)["step"] == 2
     factors[:] = [math.inf, 1, 1, 1]
     train("--out other --init run/diffusion.pt --stages 3 --precision fp16")  # goes on
+    assert train_cifar.UNet.dtype == torch.float16
     state = torch.load("other/tuned.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state["net"].values())
     assert state["optimizer"]["state"][0]["step"] == 5 and state["scaler"]["scale"] == 2**15
