@@ -165,7 +165,7 @@ def dropout(x, p, seed, layer):
     # 0x9E3779B1, a prime near 2^32 over the golden ratio, keeps the layers' seeds far apart.
     start = hash32((seed + 0x9E3779B1 * layer).int())               # [B]
     chance = hash32(start.view(-1, 1, 1, 1) + element.view(x.shape[1:]))    # [B, C, H, W]
-    keep = chance >= int(p * 2**32) - 2**31             # int32: from -2^31 up to 2^31
+    keep = (chance ^ -2**31) >= int(p * 2**32) - 2**31  # as if the 32 bits had no sign
     return x * keep / (1 - p)
 
 def group_norm(channels):
