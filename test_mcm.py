@@ -364,7 +364,8 @@ def test_unet_is_edms(kind, classes):
     assert not allclose(net(x, sigma, labels, segment=torch.tensor([1])), io["D"], atol=3e-5)
 
 def test_half_precision_is_near():
-    net, x = small_net(classes=2, augment_dim=9, segments=3).requires_grad_(False), randn(2, 3, 8, 8)
+    net = small_net(classes=2, augment_dim=9, segments=3).requires_grad_(False)
+    x = randn(2, 3, 8, 8)
     more = dict(labels=torch.eye(2), augment=torch.ones(2, 9), segment=torch.tensor([0, 2]))
     right = net(x, 1.0, **more)
     net.dtype = torch.float16
