@@ -558,7 +558,7 @@ def train(net, teacher, data, settings, phase):
     optimizer = torch.optim.RAdam(net.parameters(), foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
 
-    # One graph, without recompiling. On a GPU it is recorded and replayed. Channels last everywhere:
+    # One graph, without recompiling. On a GPU it is recorded and replayed, all in channels last:
     # left to itself the compiler mixes layouts in a U-Net, and a step takes half as long again.
     options = {"triton.cudagraphs": True, "force_layout_optimization": True}
     loss_of = torch.compile(step_loss, fullgraph=True, options=options,
