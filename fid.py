@@ -53,9 +53,8 @@ def resize_tf1(images):
     """[N, C, H, W] in 0..255 -> float32 [N, C, 299, 299], as TensorFlow 1 resizes.
 
     TensorFlow 1 reads at i * size / 299: no half-pixel offset, no reading beyond the last pixel.
-    Pad the input by one pixel at the right and the bottom, and resize to 300: align_corners then
-    reads at i * (size + 1 - 1) / (300 - 1). The last row and column are dropped. In float64,
-    because float32 rounds these positions.
+    With one more pixel at the right and the bottom, and 300 instead of 299, align_corners reads at
+    i * (size + 1 - 1) / (300 - 1), the same. In float64, because float32 rounds these positions.
     """
     padded = F.pad(images.double(), (0, 1, 0, 1), mode="replicate")
     larger = F.interpolate(padded, size=(300, 300), mode="bilinear", align_corners=True)
@@ -63,9 +62,9 @@ def resize_tf1(images):
 
 # TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave the padding
 # out (counting it moves features by 2.5). The last block takes the maximum (9.6 for the average).
+# So the forward passes of the three blocks that have such a branch are spelled out here.
 AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
-# Below, the forward passes of the three blocks that have such a branch, spelled out.
 class BlockA(inception.InceptionA):
     def forward(self, x):  # [N, C, 35, 35] -> [N, 256 or 288, 35, 35]
         five = self.branch5x5_2(self.branch5x5_1(x))
@@ -98,8 +97,7 @@ class InceptionFID(inception.Inception3):
     def __init__(self):
         blocks = [inception.BasicConv2d, BlockA, inception.InceptionB, BlockC,
                   inception.InceptionD, BlockE, inception.InceptionAux]
-        super().__init__(num_classes=1008, aux_logits=False, inception_blocks=blocks,
-                         init_weights=False)
+        super().__init__(1008, aux_logits=False, inception_blocks=blocks, init_weights=False)
         self.Mixed_7c = LastBlock(2048)
         self.eval()
 
@@ -216,6 +214,10 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     distance = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * shared
     return distance.clamp(min=0).item()
 
+def distance_of(one, other):
+    """The Fréchet distance of two Statistics."""
+    return frechet_distance(one.mean, one.cov, other.mean, other.cov)
+
 def statistics_of(images, extractor, rows=None):
     """Images of read_images, and which of them (None: all) -> Statistics. Shows the time left."""
     if rows is None:
@@ -223,8 +225,7 @@ def statistics_of(images, extractor, rows=None):
     statistics, start = Statistics(), time.perf_counter()
     for batch in rows.split(64):
         statistics.update(extractor(images[batch]))
-        # On a terminal: one line, written over again and again.
-        if sys.stderr.isatty():
+        if sys.stderr.isatty():         # one line, written over again and again
             rate = statistics.n / (time.perf_counter() - start)
             left = (len(rows) - statistics.n) / rate
             print(f"{rate:.0f} images/s, {left:.0f} s left", end="   \r", file=sys.stderr)
@@ -237,8 +238,7 @@ def shuffled(images):
 def floor_of(images, extractor, n):
     """The distance of n real images from n others, or of the two halves if there are fewer."""
     halves = shuffled(images)[:2 * n].chunk(2)
-    one, other = [statistics_of(images, extractor, rows) for rows in halves]
-    return frechet_distance(one.mean, one.cov, other.mean, other.cov)
+    return distance_of(*[statistics_of(images, extractor, rows) for rows in halves])
 
 def metric_name(features, n):
     """FID only for what papers call FID. Any other distance is named after its features and n."""

@@ -172,7 +172,7 @@ def main(arguments=None):
         steps = args.steps or max(own_steps)
         if sampler == "multistep" and steps not in own_steps:
             raise InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
-        known = names if args.label in names else [str(i) for i in range(len(names))]
+        known = names + [str(i) for i in range(len(names))]
         if args.label is not None and args.label not in known:
             raise InputError(f"--class {args.label}: it knows {names or 'no classes'}")
     except (InputError, OSError) as error:
@@ -180,8 +180,9 @@ def main(arguments=None):
 
     labels = None
     if names:
-        classes = [i for i, name in enumerate(known) if args.label in (None, name)]
-        labels = torch.tensor(classes)[torch.arange(args.n) % len(classes)]
+        labels = torch.arange(args.n) % len(names)
+        if args.label is not None:
+            labels[:] = known.index(args.label) % len(names)
     images = generate(load_network(state), sampler, steps, args.n, args.seed, labels)
     with atomic(args.out) as part:
         if args.out.suffix == ".png":

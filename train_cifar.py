@@ -32,7 +32,7 @@ from fid import InputError
 
 # torchrun starts WORLD processes, each with its RANK. Without it we ignore these variables.
 RANK, WORLD = 0, 1
-if "TORCHELASTIC_RUN_ID" in os.environ:
+if dist.is_torchelastic_launched():
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -51,21 +51,20 @@ COUNT = dict(type=number(int, 1, 10**9))
 RATIO = dict(type=number(float, 0, 1))
 SIZE = dict(type=number(float, 0, 1e6))
 SWITCH = dict(action=argparse.BooleanOptionalAction)
-TEXT = {}
 
 # Two presets, named after their data. "cifar10" has the papers' settings: those of ECT's A100 hour,
 # with T and huber_eps of MCM. "shapes" is small and short. The target at t comes from f at s, whose
 # own target comes from further down: errors add up. So a short run takes fewer teacher steps T (for
 # ECT, a smaller q^stages). The rest was found by trying.
 SETTINGS = [
-    # name, how it is read, preset shapes, preset cifar10, what it is
+    # name, how it is read ({}: as text), preset shapes, preset cifar10, what it is
     ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "other defaults"),
     ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: all in one network"),
     ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
-    ("data", TEXT, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
-    ("init", TEXT, "shapes", "edm", "EDM's .pkl or our .pt; none: train one first"),
+    ("data", {}, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
+    ("init", {}, "shapes", "edm", "EDM's .pkl or our .pt; none: train one first"),
     ("classes", SWITCH, False, False, "give the network the class labels"),
-    ("out", TEXT, None, None, "folder of the run; default: runs/DATA-METHOD-STEPS"),
+    ("out", {}, None, None, "folder of the run; default: runs/DATA-METHOD-STEPS"),
     # The optimizer. For longer runs, ema nearer to 1.
     ("iters", COUNT, 1000, 8_000, "iterations of tuning"),
     ("pretrain_iters", COUNT, 2500, 100_000, "iterations of training a diffusion model"),
@@ -74,7 +73,7 @@ SETTINGS = [
     ("pretrain_lr", RATIO, 2e-3, 5e-4, "the same for the diffusion model"),
     ("ema", RATIO, 0.995, 0.9993, "decay of the averaged weights"),
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
-    ("width", COUNT, 32, 128, "channels"),
+    ("width", dict(type=int, choices=(8, 16, *range(32, 1025, 32))), 32, 128, "channels"),
     ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
     # MCM. huber_eps 1e-4 is a norm, for long runs; 1 is nearly a squared error. See mcm.v_loss.
     ("T", dict(COUNT, nargs=2), [8, 512], [64, 1280], "mct, mcd: teacher steps"),
@@ -92,7 +91,7 @@ SETTINGS = [
     ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
     ("seed", dict(type=number(int, 0, 2**32)), 0, 0, "of all that is random"),
     # The measurement.
-    ("features", TEXT, "random", "inception", "random, inception, a TorchScript file"),
+    ("features", {}, "random", "inception", "random, inception, a TorchScript file"),
     ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "images to measure"),
 ]
 
@@ -119,16 +118,12 @@ def read_settings(parser, arguments):
             setattr(settings, name, shapes if settings.preset == "shapes" else cifar10)
 
     # What does not go together.
-    if settings.width not in (8, 16) and settings.width % 32:
-        raise InputError("--width: 8, 16 or a multiple of 32, for groups of channels")
     if settings.segmented and (settings.method != "ect" or len(settings.steps) > 1):
         raise InputError("--segmented: needs --method ect and a single number of --steps")
     if settings.stages * math.log2(settings.q) > 20:
         raise InputError("--q, --stages: q^stages is above 2^20, and t - r is lost in rounding")
     if settings.batch % WORLD:
         raise InputError(f"--batch {settings.batch}: not a multiple of {WORLD} processes")
-    if WORLD > 1 and settings.batch < 32 * WORLD:
-        say(f"warning: --batch {settings.batch}: fewer than 32 images to a process are slow")
     return settings
 
 def choose_preset(data):
@@ -672,8 +667,7 @@ def report(diffusion, tuned, data, settings, extractor):
         start = time.time()
         images = sample.generate(net, sampler, steps, n, settings.seed, labels_of(data, n))
         speed = n / (time.time() - start)
-        made = fid.statistics_of(images, extractor)
-        distance = fid.frechet_distance(made.mean, made.cov, statistics.mean, statistics.cov)
+        distance = fid.distance_of(fid.statistics_of(images, extractor), statistics)
         say(f"{method:<10} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}")
         rows.append(dict(method=method, steps=steps, nfe=nfe, metric=metric, distance=distance,
                          floor=floor, features=extractor.name, n=n, images_per_second=speed))
@@ -803,11 +797,11 @@ def open_run(settings, data):
         path = Path(settings.out, f"{phase}.pt")
         if not path.exists():
             continue
-        for name, before in load_checkpoint(path)["settings"].items():
-            now = getattr(settings, name)
-            if now != before and name not in MAY_CHANGE:
+        begun = load_checkpoint(path)["settings"]
+        for name, now in vars(settings).items():
+            if name not in MAY_CHANGE and begun.get(name) != now:
                 raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
-                                 f"{before}, not {now}; give another --out, or delete that folder")
+                                 f"{begun.get(name)}, not {now}; give another --out, or delete it")
 
     # The diffusion model must fit the data.
     net = load_init(settings.init)
