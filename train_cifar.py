@@ -139,7 +139,7 @@ def choose_preset(data):
         return "cifar10"
     except InputError as error:
         say(f"preset shapes (a small network, a short run), because {error}\n"
-            "for ECT's own settings: --preset cifar10 (an hour on a GPU, days on a laptop)")
+            "for ECT's own settings: --preset cifar10 (an hour on an A100, days on a laptop)")
         return "shapes"
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
