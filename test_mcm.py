@@ -58,7 +58,8 @@ def load(name):
     return {key: a if a.dtype.kind == "U" else torch.tensor(a) for key, a in arrays}
 
 def small_net(**more):
-    """A network away from the zeros that it starts with."""
+    """A network away from the zeros that it starts with, always the same."""
+    torch.manual_seed(0)
     net = train_cifar.UNet(16, (1,), 1, **{"resolution": 8, "attention": (), **more})
     torch._foreach_add_([p.data for p in net.parameters()], 0.05)
     return net
@@ -247,6 +248,11 @@ def test_each_image_has_its_own_label(monkeypatch):
     labels = (torch.arange(127) > 100).long()               # in two batches
     sample.generate(small_net(classes=3), "ddim", 1, 127, labels=labels)
     assert torch.cat(seen).argmax(1).equal(labels)
+    monkeypatch.undo()
+    net, noise = small_net(classes=3, segments=3), randn(2, 1, 3, 8, 8).float()
+    for sampler in ("multistep", "renoise", "ddim", "heun"):
+        cat, dog = (sample.sample_batch(net, sampler, 2, noise, torch.eye(3)[[i]]) for i in (0, 1))
+        assert not cat.allclose(dog)
 
 def test_times_stay_exact_for_noise_in_bfloat16():
     net = Recorder()
@@ -370,7 +376,7 @@ def test_half_precision_is_near():
     right = net(x, 1.0, **more)
     net.dtype = torch.float16
     error = (net(x, 1.0, **more) - right).abs().max()
-    assert right.dtype == torch.float32 and 0 < error < 0.01
+    assert right.dtype == torch.float32 and 0 < error < 0.05
 
 def test_unet_is_as_large_as_edms():
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -588,7 +594,7 @@ def test_what_is_in_a_folder(tmp_path, capsys):
     assert "1 files are no images" in capsys.readouterr().err
     assert images.shape == (4, 3, 16, 16) and images[:, 0, 15, 0].tolist()[2:] == [9, 7]
     assert images[0, 0, 0].eq(0).all() and images[0, 0, 15].eq(200).all()
-    assert images[1].unique().numel() == 1
+    assert images[1].eq(255).all()
     for name, size, mode in [("larger.png", (32, 32), "RGB"), ("deep.png", (16, 16), "I;16")]:
         picture(tmp_path / name, 0, size, mode)
         with pytest.raises(InputError, match=name):
