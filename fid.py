@@ -390,8 +390,6 @@ def main(arguments=None):
         parser.error(" ".join(str(error).split()))
     print(f"{metric_name(extractor.name, made.n)} {distance:.4f}, n {made.n}, features "
           f"{extractor.name}, reference {args.b}, floor {floor}")
-    if made.n < len(mean):
-        print(f"warning: too large, with {made.n} images for {len(mean)} features")
 
 if __name__ == "__main__":
     main()
