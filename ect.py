@@ -67,9 +67,8 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     its segment, mcm.conditioned(D, N).
     """
     # (1) The earlier time. In segments it stops at the lower edge of t's segment.
-    if edges is None:
-        edge = torch.zeros_like(t)
-    else:
+    edge = torch.zeros_like(t)
+    if edges is not None:
         edge = lower_edge(t, edges.to(t))
     r = torch.maximum(t_to_r(t, stage, q, k, b), edge)
 

@@ -327,7 +327,7 @@ class Files:
                 self.labels = [int(table.get(name, -1)) for name in files]
             except (ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{path}: dataset.json lacks numbers") from error
-        self.path, self.root, self.files = path, root, files
+        self.root, self.files = root, files
         self.shape = (len(files), *self.decode(files[0]).shape)
 
     def __len__(self):
@@ -339,7 +339,7 @@ class Files:
             images = list(pool.map(self.decode, files))
         for file, image in zip(files, images):
             if image.shape != self.shape[1:]:
-                raise InputError(f"{self.path}: {file} is {image.shape}, not {self.shape[1:]}")
+                raise InputError(f"{self.root / file} is {image.shape}, not {self.shape[1:]}")
         return torch.from_numpy(np.stack(images))
 
     def decode(self, file):
@@ -350,7 +350,7 @@ class Files:
                     raise ValueError("more than 8 bits a channel")
                 image = ImageOps.exif_transpose(image).convert("RGBA")
         except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{self.path}: {file} cannot be read ({error})") from error
+            raise InputError(f"{self.root / file} cannot be read ({error})") from error
         white = Image.new("RGBA", image.size, "white")      # behind transparent pixels
         image = Image.alpha_composite(white, image).convert("RGB")
         return np.array(image).transpose(2, 0, 1)
@@ -382,8 +382,6 @@ def main(arguments=None):
             floor = f"{floor_of(real, extractor, len(rows)):.4f}"
             statistics = statistics_of(real, extractor)
             mean, cov = statistics.mean, statistics.cov
-
-        # Only now the images to judge.
         made = statistics_of(images, extractor, rows)
         distance = frechet_distance(made.mean, made.cov, mean, cov)
     except (InputError, OSError) as error:

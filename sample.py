@@ -14,6 +14,7 @@ float64, because float32 errors add up at sigma = 80. f and D have their labels 
     python sample.py CHECKPOINT --n 50000 --out samples.npz  # uint8 NHWC in arr_0, for fid.py
 """
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
     if isinstance(steps, int):
         times = [i / steps for i in range(steps, -1, -1)]       # 1, (N - 1)/N, ..., 0
     state = z.double()
-    for t, s in zip(times[:-1], times[1:]):
+    for t, s in pairwise(times):
         x_hat = guess(f, state, t, z.dtype)
         if x_var is None:
             state = mcm.ddim(x_hat, state, t, s, schedule)
@@ -67,15 +68,10 @@ def renoise(denoise, latents, sigmas, noise=None):
     sigmas: falling noise levels, one for each step. ECT's two steps are [80, 0.821].
     noise: one [B, ...] for each sigma after the first. None: drawn here.
     """
-    x = torch.zeros_like(latents, dtype=torch.float64)
-    for i, sigma in enumerate(sigmas):
-        if i == 0:
-            eps = latents
-        elif noise is None:
-            eps = torch.randn_like(x)
-        else:
-            eps = noise[i - 1]
-        x = guess(denoise, x + sigma * eps.double(), sigma)
+    x = guess(denoise, sigmas[0] * latents.double(), sigmas[0])
+    for i, sigma in enumerate(sigmas[1:]):
+        eps = torch.randn_like(x) if noise is None else noise[i].double()
+        x = guess(denoise, x + sigma * eps, sigma)
     return x
 
 @torch.no_grad()
@@ -84,10 +80,10 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
     # (1) Noise levels t_0 > ... > t_{n-1} > t_n = 0: equal steps in sigma^(1 / rho).
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = [*((high + ramp * (low - high)) ** rho).tolist(), 0.0]
+    sigmas = ((high + ramp * (low - high)) ** rho).tolist() + [0.0]
 
     x = latents.double() * sigmas[0]
-    for t, t_next in zip(sigmas[:-1], sigmas[1:]):
+    for t, t_next in pairwise(sigmas):
         # (2) An Euler step along the slope dx/dsigma at t.
         slope = (x - guess(denoise, x, t)) / t
         x_next = x + (t_next - t) * slope
@@ -145,8 +141,8 @@ def to_uint8(x):
 
 def save_grid(images, path, columns):
     """uint8 [B, 3, H, W] -> a PNG, each pixel as 2x2."""
-    twice = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    save_image(twice.float() / 255, path, nrow=columns, pad_value=1.0)
+    twice = F.interpolate(images / 255, scale_factor=2)
+    save_image(twice, path, nrow=columns, pad_value=1.0)
 
 def main(arguments=None):
     """The command line: a checkpoint of train_cifar.py -> a .png grid, or an .npz."""

@@ -117,7 +117,6 @@ def read_settings(parser, arguments):
         if getattr(settings, name) is None:
             setattr(settings, name, shapes if settings.preset == "shapes" else cifar10)
 
-    # What does not go together.
     if settings.segmented and (settings.method != "ect" or len(settings.steps) > 1):
         raise InputError("--segmented: needs --method ect and a single number of --steps")
     if settings.stages * math.log2(settings.q) > 20:
@@ -222,8 +221,8 @@ class DDPMpp(nn.Module):
     first block of the decoder always has it.
     patch: works on patch x patch pixels at a time. segments: rows of an embedding, mcm.segment.
     """
-    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, classes=0, augment_dim=0, dropout=0.0,
-                 resolution=32, patch=1, segments=0, attention=(16,)):
+    def __init__(self, width, mult, blocks, resolution, classes=0, augment_dim=0, dropout=0.0,
+                 patch=1, segments=0, attention=(16,)):
         super().__init__()
         self.patch, self.classes = patch, classes
         c_emb = 4 * width
@@ -459,16 +458,15 @@ def load_edm(path):
             ema = EDMUnpickler(file).load()["ema"]
 
         # The module that ema stands for is EDMPrecond, around a SongUNet that is called model.
-        weights = ema.state_dict()
         given = ema.model._init_kwargs
-        arguments = dict(width=given["model_channels"], mult=tuple(given["channel_mult"]),
-                         blocks=given.get("num_blocks", 4), classes=given["label_dim"],
-                         augment_dim=given.get("augment_dim", 0), dropout=given["dropout"],
-                         resolution=given["img_resolution"])
+        return ema.state_dict(), dict(
+            width=given["model_channels"], mult=tuple(given["channel_mult"]),
+            blocks=given.get("num_blocks", 4), classes=given["label_dim"],
+            augment_dim=given.get("augment_dim", 0), dropout=given["dropout"],
+            resolution=given["img_resolution"])
     except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, RuntimeError,
             TypeError, ValueError) as error:
         raise InputError(f"{path}: not a network of EDM or ECT ({error})") from error
-    return weights, arguments
 
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
 
@@ -514,12 +512,12 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
     x: uint8 [B, 3, H, W]. stage: ECT's, a tensor []. The rest: as `draw` drew it.
     """
     x = x.float() / 127.5 - 1
+    f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
     if phase == "diffusion":
         # The limit T = N, where the target is x. Nearly a squared error.
         alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
         z_t = alpha * x + sigma * eps
-        x_hat = mcm.make_f(net, labels=labels, seed=seed)(z_t, t)
-        return mcm.v_loss(x_hat, x, z_t, t, huber_eps=1.0)
+        return mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=1.0)
     if settings.method == "ect":
         # The paper's ECT is a single segment, from 80 down to 0.
         N, edges = 1, None
@@ -530,7 +528,6 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
 
     # MCM: training, or distillation of the diffusion model.
-    f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
     leader = None               # the data itself leads from t to s
     if settings.method == "mcd":
         leader = mcm.make_f(teacher, labels=labels)
@@ -804,8 +801,9 @@ def open_run(settings, data):
                                  f"{begun.get(name)}, not {now}; give another --out, or delete it")
 
     # The diffusion model must fit the data.
-    net = load_init(settings.init)
-    if net is not None:
+    net = None
+    if settings.init != "none":
+        net = load_init(settings.init)
         its = net.image_shape[-1], net.model.classes
         wanted = data.images.shape[-1], len(data.class_names)
         if its != wanted:
@@ -814,10 +812,7 @@ def open_run(settings, data):
     return net
 
 def load_init(init):
-    """--init -> a diffusion model, or None."""
-    # Which file?
-    if init == "none":
-        return None
+    """--init, but for "none" -> a diffusion model."""
     if init == "shapes":
         init = Path(__file__).parent / "assets/diffusion.pt"
     elif init == "edm":
