@@ -44,7 +44,7 @@ def relative_gap(t, stage, q=2, k=8, b=1):
     float32 it is up to 100% off at stage 2, and 0 at stage 3.
     """
     n = 1 + k * torch.sigmoid(-b * t)
-    return (n / float(q) ** (stage + 1)).clamp(max=1)   # int64: 256^8 overflows
+    return (n / float(q) ** (stage + 1)).clamp(max=1)   # 256^8 overflows an int64 tensor
 
 def t_to_r(t, stage, q=2, k=8, b=1):
     """r = max(0, t (1 - n(t) / q^(stage + 1))), in t's shape and dtype."""
@@ -82,9 +82,9 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
 
     # (4) The two guesses are compared where they land at the edge: x_hat + edge / t (z_t - x_hat).
     #     There they differ by (1 - edge / t) times their difference in x. With edge 0, that is 1.
-    #     Just above an inner edge, r = edge and the target is x. There D - x stays finite, while
-    #     (5) divides by t - edge, and 1 / (t - edge) has an infinite integral. The factor, which
-    #     is (t - edge) / t, cancels that.
+    #     Just above an inner edge, r = edge and the target is x. There D - x does not go to
+    #     0, while (5) divides by t - edge, and 1 / (t - edge) has an infinite integral. The
+    #     factor, which is (t - edge) / t, cancels that.
     difference = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.

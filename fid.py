@@ -104,7 +104,7 @@ class InceptionFID(inception.Inception3):
     def forward(self, images):
         # TensorFlow's graph normalises by 128. With v / 127.5 - 1, features would move by 0.2.
         x = (resize_tf1(images) - 128) / 128
-        for part in list(self.children())[:-1]:     # all but fc, kept for its keys
+        for part in list(self.children())[:-1]:     # in their order; fc is kept for its keys
             x = part(x)
         return x.flatten(1)
 
@@ -178,7 +178,7 @@ class Statistics:
         self.n, self.mean, self.scatter = 0, 0.0, 0.0
 
     def update(self, features):
-        """Adds features [B, d]. Only deviations are multiplied, so that no digits cancel."""
+        """Adds features [B, d], as Welford: deviations from the old mean times from the new."""
         x = features.double()
         if self.n == 0:
             self.mean = x.mean(0)
@@ -286,7 +286,9 @@ def read_images(source):
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
     # Labels may be names or numbers. They become 0, 1, 2, ... in sorted order.
     classes, labels = np.unique(labels, return_inverse=True)
-    names = [str(name) for name in classes if len(classes) > 1]     # or none
+    names = [str(name) for name in classes]
+    if len(names) == 1:                                             # no classes
+        names = []
     return images, torch.from_numpy(labels), names
 
 def load_arrays(path):
@@ -343,7 +345,10 @@ class Files:
         return torch.from_numpy(np.stack(images))
 
     def decode(self, file):
-        """-> uint8 [3, H, W]. Pillow and zipfile raise these errors over damaged files."""
+        """A file's name -> uint8 [3, H, W], upright, on white where it is transparent.
+
+        Pillow and zipfile raise these errors over damaged files.
+        """
         try:
             with (self.root / file).open("rb") as opened, Image.open(opened) as image:
                 if image.mode.startswith(("I", "F")):       # Pillow would clip these
@@ -351,7 +356,7 @@ class Files:
                 image = ImageOps.exif_transpose(image).convert("RGBA")
         except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{self.root / file} cannot be read ({error})") from error
-        white = Image.new("RGBA", image.size, "white")      # behind transparent pixels
+        white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
         return np.array(image).transpose(2, 0, 1)
 

@@ -160,7 +160,8 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
     f is called at s without gradient, then at t with. Dropout in f should have one mask for both
     calls. Autocast belongs inside f: around both, it would reuse weights without gradient.
-    draw_times gives cosine's times. For schedule=mcm.edm, give cosine's sigma / alpha at each.
+    draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at each, and an f
+    of that schedule: make_f(D, edm).
     """
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
@@ -170,13 +171,13 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
         # (2) Who leads from t to s? A guided teacher makes two guesses: we step along the guided
         #     one, and take the variance from the other.
         x_teacher = x if teacher is None else teacher(z_t, t)
-        x_mean = x_teacher
+        x_unguided = x_teacher
         if isinstance(x_teacher, tuple):
-            x_teacher, x_mean = x_teacher
+            x_teacher, x_unguided = x_teacher
 
         # (3) One step to s. The paper puts back 3/4 of the teacher's squared error. Without a
         #     teacher the error and x_var are 0, and aDDIM is DDIM.
-        x_var = x_var_frac * mean_per_sample((x_mean - x) ** 2)
+        x_var = x_var_frac * mean_per_sample((x_unguided - x) ** 2)
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
 
         # (4) The reference's guess at s, turned into a target for the guess at t.
@@ -193,8 +194,8 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     Both jumps end at t_step. For s = t_step no jump is left, and the place is z_s. Then the result
     is the target of a diffusion model, eq. (8): without a teacher, x.
     """
-    # f_ref runs on the whole batch, for fixed shapes. Where s = t_step its guess is thrown away. We
-    # call it at t there, because s may be a noise level of 0, where a network need not be defined.
+    # f_ref runs on the whole batch, for fixed shapes. Where s = t_step its guess is thrown away, as
+    # is ddim's 0 / 0 if s is a noise level of 0, where a network need not be defined: call it at t.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -276,7 +277,7 @@ class ToyDenoiser(nn.Module):
     """D(x [B, 1], sigma [B], segment [B]) -> [B, 1]: an MLP with EDM's c_in, c_skip and c_out."""
     def __init__(self, width=32):
         super().__init__()
-        self.inputs = nn.Linear(22, width)
+        self.inputs = nn.Linear(22, width)          # 2 numbers, cos and sin of 10 waves
         self.segment = nn.Embedding(36, width)      # of N = 1 to 8
         nn.init.zeros_(self.segment.weight)         # so that tuning starts from diffusion
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
@@ -305,12 +306,12 @@ def train_toy(net, N=None, teacher=None, iterations=2400):
         mode = (u[1] > 0.3).long() + (u[1] > 0.8)                       # by WEIGHTS
         x = (MEANS[mode] + STD * torch.special.ndtri(u[2]))[:, None]
 
-        # A diffusion model is the limit N = T: one teacher step in each of very many segments.
+        # A diffusion model is the limit N = T: as T <= 512, each of 512 segments has one step.
         T = teacher_steps(i, 12, 512, anneal=iterations * 2 / 3)
         t, s, t_step = draw_times(4096, N or 512, T, u=u[3:])
 
-        # In one dimension a norm would learn medians: huber_eps = 100 makes it a square. And one
-        # squared error is no variance: x_var_frac is 0.
+        # In one dimension a norm would learn medians: huber_eps = 100 makes it a square. And x_var,
+        # a mean over one element, would be mere noise: x_var_frac is 0.
         loss = consistency_loss(f, x, eps, t, s, t_step, teacher=teacher, x_var_frac=0.0,
                                 huber_eps=100.0)
         optimizer.zero_grad()

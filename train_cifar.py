@@ -71,7 +71,7 @@ SETTINGS = [
     ("batch", COUNT, 32, 128, "images in an iteration, of all processes"),
     ("lr", RATIO, 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0"),
     ("pretrain_lr", RATIO, 2e-3, 5e-4, "the same for the diffusion model"),
-    ("ema", RATIO, 0.995, 0.9993, "decay of the averaged weights"),
+    ("ema", RATIO, 0.99, 0.9993, "decay of the averaged weights"),
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     ("width", dict(type=int, choices=(8, 16, *range(32, 1025, 32))), 32, 128, "channels"),
     ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
@@ -126,7 +126,7 @@ def read_settings(parser, arguments):
     return settings
 
 def choose_preset(data):
-    """For CIFAR-10: cifar10 on a GPU, if its files can be had; else shapes, saying why."""
+    """No --data, or cifar10: preset cifar10 on a GPU that can have its files. Else shapes."""
     if data not in (None, "cifar10"):
         return "shapes"                         # its settings suit any small run
     try:
@@ -159,7 +159,7 @@ def dropout(x, p, seed, layer):
     # 0x9E3779B1, a prime near 2^32 over the golden ratio, keeps the layers' seeds far apart.
     start = hash32((seed + 0x9E3779B1 * layer).int())               # [B]
     chance = hash32(start.view(-1, 1, 1, 1) + element.view(x.shape[1:]))    # [B, C, H, W]
-    keep = (chance ^ -2**31) >= int(p * 2**32) - 2**31  # as if the 32 bits had no sign
+    keep = chance >= int(p * 2**32) - 2**31         # chance is uniform over all of int32
     return x * keep / (1 - p)
 
 def group_norm(channels):
@@ -319,8 +319,9 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
 
-    It is the same in train() and eval(). (The authors of ECT give sigma - 0.003 in eval().) Another
-    network here needs the same constructor, forward, .arguments, .image_shape and .model.classes.
+    But for dropout, it is the same in train() and eval(). (ECT's authors feed sigma - 0.003 in
+    eval().) Another network here needs the same constructor, forward, .arguments, .image_shape and
+    .model.classes.
     """
     dtype = torch.float32           # that all raw networks compute in
 
@@ -594,8 +595,8 @@ def train(net, teacher, data, settings, phase):
         scaler.update()
         optimizer.zero_grad()
 
-        # Update their average. Its decay rises from 0.1, to forget the start.
-        decay = min(settings.ema, (1 + step) / (10 + step))
+        # Update their average: the mean of all weights so far, until its decay reaches --ema.
+        decay = min(settings.ema, step / (1 + step))
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
         average(list(ema.parameters()), list(net.parameters()), step)
 
@@ -636,7 +637,7 @@ def how_to_sample(settings, phase):
 def labels_of(data, n):
     """Labels of n real images, to sample with -> [n], or None without --classes."""
     if data.class_names:
-        return data.labels[torch.arange(n) * 7919 % len(data.labels)]   # a prime
+        return data.labels[torch.arange(n) * 7919 % len(data.labels)]   # folders are by class
 
 def report(diffusion, tuned, data, settings, extractor):
     """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png.
