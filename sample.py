@@ -6,9 +6,9 @@
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
-Noise and images are [B, ...], of one dtype, which the network gets as well. In between, the state
-is float64, because float32 errors add up at sigma = 80. Images come out on the scale of [-1, 1],
-not clipped. f and D have their labels bound already.
+Noise and images are [B, ...]. Images come out on the scale of [-1, 1], not clipped. The state is
+float64, because float32 errors add up at sigma = 80. f gets the noise's dtype. D gets float64 and
+casts it itself, as EDM's network does. Both have their labels bound already.
 
     python sample.py --steps 2                               # a model that comes with the code
     python sample.py CHECKPOINT --steps 2 --n 64 --out grid.png
@@ -25,7 +25,7 @@ from torchvision.utils import save_image
 
 import ect, mcm
 
-def guess(network, x, t, dtype):
+def guess(network, x, t, dtype=torch.float64):
     """f(x, t) or D(x, sigma) at one time for the whole batch -> x_hat [B, ...], float64.
 
     The network gets x in `dtype`, and its times in float32 or better.
@@ -64,20 +64,20 @@ def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
 
 @torch.no_grad()
 def renoise(denoise, latents, sigmas, noise=None):
-    """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...].
+    """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64.
 
     sigmas: falling noise levels, one for each step. ECT's two steps are [80, 0.821].
     noise: one [B, ...] for each sigma after the first. None: drawn here.
     """
-    x = guess(denoise, sigmas[0] * latents.double(), sigmas[0], latents.dtype)
+    x = guess(denoise, sigmas[0] * latents.double(), sigmas[0])
     for i, sigma in enumerate(sigmas[1:]):
         eps = torch.randn_like(x) if noise is None else noise[i].double()
-        x = guess(denoise, x + sigma * eps, sigma, latents.dtype)
-    return x.to(latents.dtype)
+        x = guess(denoise, x + sigma * eps, sigma)
+    return x
 
 @torch.no_grad()
 def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_MAX, rho=7):
-    """EDM Algorithm 1: latents ~ N(0, 1) [B, ...] -> x [B, ...]."""
+    """EDM Algorithm 1: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64."""
     # (1) Noise levels t_0 > ... > t_{n-1} > t_n = 0: equal steps in sigma^(1 / rho).
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
@@ -86,15 +86,15 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
     x = latents.double() * sigmas[0]
     for t, t_next in pairwise(sigmas):
         # (2) An Euler step along the slope dx/dsigma at t.
-        slope = (x - guess(denoise, x, t, latents.dtype)) / t
+        slope = (x - guess(denoise, x, t)) / t
         x_next = x + (t_next - t) * slope
 
         # (3) Heun's correction: the average of the slopes at both ends.
         if t_next > 0:
-            slope_next = (x_next - guess(denoise, x_next, t_next, latents.dtype)) / t_next
+            slope_next = (x_next - guess(denoise, x_next, t_next)) / t_next
             x_next = x + (t_next - t) * (slope + slope_next) / 2
         x = x_next
-    return x.to(latents.dtype)
+    return x
 
 # ---- From a network to images --------------------------------------------------------------------
 

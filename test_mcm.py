@@ -771,6 +771,17 @@ def test_a_run_that_died_and_went_on_is_the_run_that_did_not(method, folder, mon
     assert {"reference.npz", "dial.png", "tuned-000006.png"} < made
     assert not [name for name in made if "part" in name]
 
+def test_the_average_is_a_mean_until_its_decay_is_ema(folder, monkeypatch):
+    weights, averages = [], []
+    def save(path, data, settings, phase, step, parts):
+        weights.append(parts["net"].model.map_layer0.weight.detach().clone())
+        averages.append(parts["ema"].model.map_layer0.weight.clone())
+    monkeypatch.setattr(train_cifar, "save", save)
+    train("--save-every 1 --ema 0.7")
+    assert averages[2].allclose(sum(weights[:3]) / 3, atol=1e-7)
+    assert averages[3].allclose(0.7 * averages[2] + 0.3 * weights[3], atol=1e-7)
+    assert averages[6].equal(weights[6])                # tuning begins anew
+
 def test_two_processes_are_one(folder, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")                  # for two it needs two GPUs
     monkeypatch.setitem(train_cifar.NETS, "shapes", SHAPES_NET)     # as the others will see it
