@@ -98,7 +98,7 @@ def main():
     t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
     print("t                 ", t)
     for stage in (0, 1, 2, 3, 5, 7):
-        print(f"r, q 2, stage {stage}  ", t_to_r(t, stage))
+        print(f"r, q 2, stage {stage}   ", t_to_r(t, stage))
     print("r, q 256, stage 0 ", t_to_r(t, 0, q=256))
 
 if __name__ == "__main__":

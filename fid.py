@@ -5,14 +5,15 @@
 
 First the images to judge, then the real ones: a folder, a .zip, an .npz (arr_0: uint8 NHWC),
 cifar10 (its training set) or, for the real ones, an .npz of statistics (mu, sigma). The floor
-beside a distance is the distance between two sets of real images.
+beside a distance is that of n real images from n others. (Against all real images, n samples of a
+perfect model have about half of it.)
 
 What a published FID is, and why each part matters. ("Moves features by": the largest change on two
 test images. Features reach 39.)
 1. Features of the Inception graph of 2015. Other weights or other pooling are another measure.
 2. TensorFlow 1's resize to 299 x 299. Half a pixel of offset moves features by 0.8.
 3. n = 50,000. With fewer images the distance is too large: about 30 at n = 2,000, even between
-   real images. So only the FID of 50,000 is called FID here, and any other FD(features)@n.
+   real images. So only that of 50,000 or more is called FID here, any other FD(features)@n.
 4. The unbiased covariance (n - 1). Dividing by n is another number when n is small.
 """
 import argparse, hashlib, json, sys, time, zipfile, zlib
@@ -180,7 +181,7 @@ class Statistics:
     def update(self, features):
         """Adds features [B, d], as Welford: deviations from the old mean times from the new."""
         x = features.double()
-        if self.n == 0:
+        if self.n == 0:                 # from a mean of 0, digits would cancel
             self.mean = x.mean(0)
         self.n += len(x)
         deviation = x - self.mean

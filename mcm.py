@@ -194,8 +194,8 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     Both jumps end at t_step. For s = t_step no jump is left, and the place is z_s. Then the result
     is the target of a diffusion model, eq. (8): without a teacher, x.
     """
-    # f_ref runs on the whole batch, for fixed shapes. Where s = t_step its guess is thrown away, as
-    # is ddim's 0 / 0 if s is a noise level of 0, where a network need not be defined: call it at t.
+    # f_ref runs on the whole batch, for fixed shapes. Where s = t_step its guess is not used. With
+    # edm, s can be 0 there: no network is defined at 0 (so call it at t), and ddim gives 0 / 0.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -340,7 +340,7 @@ def main(n=100_000):
 
     net, teacher = train_toy(ToyDenoiser())
     print("Wasserstein-1 distance to the data; diffusion model in 64 steps: "
-          f"{distance(teacher, 64):.4f}\nsteps  diffusion       MCT       MCD", flush=True)
+          f"{distance(teacher, 64):.4f}\nsteps diffusion       MCT       MCD", flush=True)
     for N in (1, 2, 4, 8):
         row = [teacher, train_toy(net, N)[1], train_toy(net, N, teacher)[1]]
         print(f"{N:5} " + " ".join(f"{distance(f, N):9.4f}" for f in row), flush=True)

@@ -120,7 +120,7 @@ def sample_batch(net, sampler, steps, noise, labels=None):
 def generate(net, sampler, steps, n, seed=0, labels=None):
     """n images -> uint8 [n, C, H, W] on the CPU. labels: int64 [n] or None.
 
-    For one net, sampler and steps, an image depends on (seed, its number, its label) alone.
+    For one net, precision, sampler and steps, an image depends on (seed, its number, its label).
     """
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1

@@ -782,6 +782,13 @@ def test_the_average_is_a_mean_until_its_decay_is_ema(folder, monkeypatch):
     assert averages[3].allclose(0.7 * averages[2] + 0.3 * weights[3], atol=1e-7)
     assert averages[6].equal(weights[6])                # tuning begins anew
 
+def test_labels_to_sample_with_are_those_of_the_data():
+    """Also where files are sorted by class, and n does not divide their number."""
+    data = SimpleNamespace(labels=torch.arange(7919) * 10 // 7919, class_names=["any"])
+    counts = train_cifar.labels_of(data, 1000).bincount()
+    assert len(counts) == 10 and counts.min() > 70 and counts.max() < 130
+    assert train_cifar.labels_of(data, 7919).bincount().equal(data.labels.bincount())
+
 def test_two_processes_are_one(folder, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")                  # for two it needs two GPUs
     monkeypatch.setitem(train_cifar.NETS, "shapes", SHAPES_NET)     # as the others will see it

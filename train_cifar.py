@@ -76,7 +76,7 @@ SETTINGS = [
     ("width", dict(type=int, choices=(8, 16, *range(32, 1025, 32))), 32, 128, "channels"),
     ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
     # MCM. huber_eps 1e-4 is a norm, for long runs; 1 is nearly a squared error. See mcm.v_loss.
-    ("T", dict(COUNT, nargs=2), [8, 512], [64, 1280], "mct, mcd: teacher steps"),
+    ("T", dict(type=number(int, 1, 8192), nargs=2), [8, 512], [64, 1280], "teacher steps"),
     ("huber_eps", SIZE, 0.02, 1e-4, "mct, mcd: of the pseudo-Huber norm"),
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
@@ -92,7 +92,7 @@ SETTINGS = [
     ("seed", dict(type=number(int, 0, 2**32)), 0, 0, "of all that is random"),
     # The measurement.
     ("features", {}, "random", "inception", "random, inception, a TorchScript file"),
-    ("fd_samples", dict(type=number(int, 4, 10**7)), 1000, 50_000, "images to measure"),
+    ("fd_samples", dict(type=number(int, 10, 10**7)), 1000, 50_000, "images to measure"),
 ]
 
 # What may change when a run goes on.
@@ -319,9 +319,9 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
 
-    But for dropout, it is the same in train() and eval(). (ECT's authors feed sigma - 0.003 in
-    eval().) Another network here needs the same constructor, forward, .arguments, .image_shape and
-    .model.classes.
+    But for dropout, it is the same in train() and eval(). (ECT's authors have sigma - 0.003 in the
+    c_skip and c_out of eval().) Another network here needs the same constructor, forward,
+    .arguments, .image_shape and .model.classes.
     """
     dtype = torch.float32           # that all raw networks compute in
 
@@ -600,7 +600,8 @@ def train(net, teacher, data, settings, phase):
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
         average(list(ema.parameters()), list(net.parameters()), step)
 
-        # Log. The host waits for the device only here, in saving and, in fp16, in scaler.step.
+        # Log, with the loss of this process's share. The host waits for the device only here, in
+        # saving and, in fp16, in scaler.step.
         done = step + 1
         if settings.compile and step == first:
             losses[0].item()                    # waits for the device
@@ -637,7 +638,8 @@ def how_to_sample(settings, phase):
 def labels_of(data, n):
     """Labels of n real images, to sample with -> [n], or None without --classes."""
     if data.class_names:
-        return data.labels[torch.arange(n) * 7919 % len(data.labels)]   # folders are by class
+        rows = fid.shuffled(data.labels)                    # files are sorted by class
+        return data.labels[rows[torch.arange(n) % len(rows)]]
 
 def report(diffusion, tuned, data, settings, extractor):
     """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png.
@@ -703,7 +705,6 @@ def main(arguments=None):
     # What the GPU computes in.
     torch.backends.cudnn.benchmark = True                   # shapes are always the same
     torch.backends.cudnn.allow_tf32 = settings.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = settings.precision != "fp32"
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
     UNet.dtype = dtypes.get(settings.precision, torch.float32)
 
@@ -713,7 +714,7 @@ def main(arguments=None):
         net = UNet(settings.width, **NETS[settings.preset], dropout=settings.dropout,
                    classes=len(data.class_names), resolution=data.images.shape[-1])
         diffusion = train(net, None, data, settings, "diffusion")
-    diffusion.to(DEVICE).eval().requires_grad_(False)
+    diffusion.to(DEVICE, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     # Tune a copy. Its embedding of the segment is zero at first and changes nothing.
     most = max(settings.steps)
@@ -820,7 +821,7 @@ def load_init(init):
         init = fid.download(*EDM)
         say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor their offspring")
 
-    # One of EDM's or ECT's, or one of ours.
+    # One of EDM's (ECT's load, too, but are tuned already), or one of ours.
     if Path(init).suffix == ".pkl":
         weights, arguments = load_edm(init)
         net = UNet(**arguments)
