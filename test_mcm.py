@@ -794,8 +794,8 @@ def test_two_processes_are_one(folder, monkeypatch):
     monkeypatch.setitem(train_cifar.NETS, "shapes", SHAPES_NET)     # as the others will see it
     line = TINY + "--steps 1 2 --classes --out "
     train_cifar.main((line + "one").split())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--master_port=29517", str(HERE / "train_cifar.py"), *(line + "two").split()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               str(HERE / "train_cifar.py"), *(line + "two").split()]
     subprocess.run(command, check=True, capture_output=True)
     one, two = (torch.load(f"{out}/tuned.pt", weights_only=True) for out in ("one", "two"))
     for i, row in one["optimizer"]["state"].items():
