@@ -970,6 +970,7 @@ def test_labels_and_distances_of_files(folder, capsys):
 
 # Bad command lines and, behind >, what their one line must name; else it is their last option.
 BAD = {"train_cifar": """
+--T 8 9000 > --T, --width 20 > --width, --fd-samples 9
 --steps 0, --steps x, --steps, --method dog, --batch 0, --lr nan, --lr -1, --ema 2, --what
 --iters 1.5, --precision fp8, --T 4, --seed -1, --preset big, --segmented, --init nowhere > nowhere
 --method ect --q 256 --stages 3 > --stages, --stages 2000 > --stages
