@@ -179,7 +179,7 @@ class Statistics:
         self.n, self.mean, self.scatter = 0, 0.0, 0.0
 
     def update(self, features):
-        """Adds features [B, d], as Welford: deviations from the old mean times from the new."""
+        """Adds features [B, d] (Welford): deviations from the old mean times those from the new."""
         x = features.double()
         if self.n == 0:                 # from a mean of 0, digits would cancel
             self.mean = x.mean(0)
