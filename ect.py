@@ -14,8 +14,6 @@ segments as in MCM: the two papers combined. (Ours.)
 
     t, r      [B], noise levels, 0 <= r < t             q, k, b   the mapping t -> r, below
     stage     how far the curriculum is, 0, 1, 2, ...   c         of the pseudo-Huber norm
-
-    python ect.py        # r by t and stage, for both of the authors' recipes
 """
 import torch
 
@@ -26,22 +24,16 @@ import mcm
 #   8,000 iterations      q = 256, one stage                     ema 0.9993   2.73 (one A100 hour)
 #   200,000 iterations    q = 2, 8 stages of 25,000 iterations   ema 0.9999   2.15
 # train_cifar.py --preset cifar10 --method ect is like the first, but the learning rate falls to 0.
-
 MID_SIGMA = 0.821       # the start of their second step: 80 -> x, then x + 0.821 eps -> x
-
-def stage_at(iteration, iterations, stages):
-    """The stage, 0 .. stages - 1, a function of the iteration: a resumed run knows its place."""
-    return iteration * stages // iterations
 
 def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
     """t [B] > 0 with ln t ~ N(p_mean, p_std^2)."""
-    return (p_mean + p_std * torch.randn(batch, generator=generator, device=device)).exp()
+    normal = torch.randn(batch, generator=generator, device=device)
+    return (p_mean + p_std * normal).exp()
 
 def relative_gap(t, stage, q=2, k=8, b=1):
     """(t - r) / t = n(t) / q^(stage + 1), at most 1, in t's shape; n(t) = 1 + k sigmoid(-b t).
-
-    The functions below start from this, because the difference t - r cancels: for q = 256 in
-    float32 it is up to 100% off at stage 2, and 0 at stage 3.
+    We start from this, because t - r cancels: for q = 256 in float32 it is 0 at stage 3.
     """
     n = 1 + k * torch.sigmoid(-b * t)
     return (n / float(q) ** (stage + 1)).clamp(max=1)   # 256^8 overflows an int64 tensor
@@ -52,17 +44,18 @@ def t_to_r(t, stage, q=2, k=8, b=1):
 
 def segment_edges(steps, device=None):
     """The N - 1 inner edges, in sigma, of N segments that are equal in cosine's t -> [N - 1]."""
-    alpha, sigma = mcm.cosine(torch.arange(1, steps, device=device).double() / steps)
+    t = torch.arange(1, steps, device=device).double() / steps
+    alpha, sigma = mcm.cosine(t)
     return (sigma / alpha).float()
 
 def lower_edge(t, edges):
     """The largest edge below t, or 0 -> [B]. The factor allows for a t that was rounded up."""
     lower = torch.cat([edges.new_zeros(1), edges])
-    return lower[torch.bucketize(t * (1 - 1e-6), edges)]
+    index = torch.bucketize(t * (1 - 1e-6), edges)
+    return lower[index]
 
 def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     """ECT's loss for data x [B, ...], noise eps [B, ...], t [B] of draw_t and a stage -> [B].
-
     edges None: the paper. edges [N - 1], of segment_edges: N segments, with a denoiser that is told
     its segment, mcm.conditioned(D, N).
     """
@@ -81,25 +74,11 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     target = mcm.consistency_target(denoise, z_r, z_t, t, r, edge, mcm.edm)
 
     # (4) The two guesses are compared where they land at the edge: x_hat + edge / t (z_t - x_hat).
-    #     There they differ by (1 - edge / t) times their difference in x. With edge 0, that is 1.
-    #     Just above an inner edge, r = edge and the target is x. There D - x does not go to
-    #     0, while (5) divides by t - edge, and 1 / (t - edge) has an infinite integral. The
-    #     factor, which is (t - edge) / t, cancels that.
+    #     There they differ by 1 - edge / t times their difference in x. With edge 0, that is 1. At
+    #     an inner edge this factor cancels the 1 / (t - edge) of (5), which has no finite integral.
     difference = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.
     square = (difference**2).reshape(len(x), -1).sum(1)
     t_minus_r = torch.minimum(t * relative_gap(t, stage, q, k, b), t - edge)
     return mcm.pseudo_huber(square, c) / t_minus_r
-
-def main():
-    """Prints r for some t, in some stages of both recipes."""
-    torch.set_printoptions(precision=4, sci_mode=False, linewidth=100)
-    t = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0])
-    print("t                 ", t)
-    for stage in (0, 1, 2, 3, 5, 7):
-        print(f"r, q 2, stage {stage}   ", t_to_r(t, stage))
-    print("r, q 256, stage 0 ", t_to_r(t, 0, q=256))
-
-if __name__ == "__main__":
-    main()

@@ -3,20 +3,15 @@
     python fid.py samples.npz cifar10                         # "FID" from 50,000 samples on
     python fid.py samples train --features random --n 1000    # any images, no download
 
-First the images to judge, then the real ones: a folder, a .zip, an .npz (arr_0: uint8 NHWC),
-cifar10 (its training set) or, for the real ones, an .npz of statistics (mu, sigma). The floor
-beside a distance is that of n real images from n others. (Against all real images, n samples of a
-perfect model have about half of it.)
+First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 NHWC) or cifar10
+(its training set). The floor beside a distance is that of n real images from n others.
+(Against all real images, n samples of a perfect model have about half of it.)
 
-What a published FID is, and why each part matters. ("Moves features by": the largest change on two
-test images. Features reach 39.)
-1. Features of the Inception graph of 2015. Other weights or other pooling are another measure.
-2. TensorFlow 1's resize to 299 x 299. Half a pixel of offset moves features by 0.8.
-3. n = 50,000. With fewer images the distance is too large: about 30 at n = 2,000, even between
-   real images. So only that of 50,000 or more is called FID here, any other FD(features)@n.
-4. The unbiased covariance (n - 1). Dividing by n is another number when n is small.
+A published FID has four parts: the Inception graph of 2015, TensorFlow 1's resize, n = 50,000 and
+the unbiased covariance. With fewer images it is too large: about 30 at n = 2,000, even between real
+images. "Moves features by", below, is the largest change on two images. Features reach 39.
 """
-import argparse, hashlib, json, sys, time, zipfile, zlib
+import argparse, hashlib, sys, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,12 +44,10 @@ def download(url, sha256):
     return path
 
 # ---- Inception -----------------------------------------------------------------------------------
-
 def resize_tf1(images):
     """[N, C, H, W] in 0..255 -> float32 [N, C, 299, 299], as TensorFlow 1 resizes.
-
-    TensorFlow 1 reads at i * size / 299: no half-pixel offset, no reading beyond the last pixel.
-    With one more pixel at the right and the bottom, and 300 instead of 299, align_corners reads at
+    It reads at i * size / 299, without half a pixel of offset (0.8 in the features). With one more
+    pixel at the right and the bottom, and 300 instead of 299, align_corners reads at
     i * (size + 1 - 1) / (300 - 1), the same. In float64, because float32 rounds these positions.
     """
     padded = F.pad(images.double(), (0, 1, 0, 1), mode="replicate")
@@ -63,33 +56,18 @@ def resize_tf1(images):
 
 # TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave the padding
 # out (counting it moves features by 2.5). The last block takes the maximum (9.6 for the average).
-# So the forward passes of the three blocks that have such a branch are spelled out here.
-AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+class OwnPool:
+    """Before a block of torchvision's: replaces its last output channels, those of the pool."""
+    pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
-class BlockA(inception.InceptionA):
-    def forward(self, x):  # [N, C, 35, 35] -> [N, 256 or 288, 35, 35]
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        pool = self.branch_pool(AVERAGE(x))
-        return torch.cat([self.branch1x1(x), five, three, pool], 1)
+    def forward(self, x):               # [N, C, H, W] -> [N, C', H, W]
+        pooled = self.branch_pool(self.pool(x))
+        others = super().forward(x)[:, :-pooled.shape[1]]
+        return torch.cat([others, pooled], 1)
 
-class BlockC(inception.InceptionC):
-    def forward(self, x):  # [N, 768, 17, 17] -> the same shape
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        pool = self.branch_pool(AVERAGE(x))
-        return torch.cat([self.branch1x1(x), seven, double, pool], 1)
-
-class BlockE(inception.InceptionE):
-    pool = AVERAGE
-    def forward(self, x):  # [N, C, 8, 8] -> [N, 2048, 8, 8]
-        three = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pool = self.branch_pool(self.pool(x))
-        return torch.cat([self.branch1x1(x), self.branch3x3_2a(three), self.branch3x3_2b(three),
-                          self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), pool], 1)
-
+class BlockA(OwnPool, inception.InceptionA): pass
+class BlockC(OwnPool, inception.InceptionC): pass
+class BlockE(OwnPool, inception.InceptionE): pass
 class LastBlock(BlockE):
     pool = nn.MaxPool2d(3, stride=1, padding=1)
 
@@ -118,16 +96,13 @@ class InceptionFID(inception.Inception3):
         return self.to(memory_format=torch.channels_last)
 
 # ---- Features ------------------------------------------------------------------------------------
-
 def random_features(images):
     """uint8 [N, 3, H, W] -> [N, 36]: colours, and energies of random filters. No download.
-
     They are few because the floor grows with their number. At full size nothing is strided, so
     that grain is seen. The factors 24 and 8 were chosen on CIFAR-10.
     """
     x = images.float() / 127.5 - 1
     rng = np.random.default_rng(2)
-
     # The mean colours of the four quarters, then log energies at full and at half size.
     features = [F.adaptive_avg_pool2d(x, 2).flatten(1)]
     for scale, weight in ((1, 24), (2, 8)):
@@ -156,15 +131,7 @@ class Extractor:
                 self.net = torch.jit.load(spec, device).eval()
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"--features {spec}: not found, or no TorchScript") from error
-            # With a hash, because two files may have one name.
-            content = hashlib.sha256(Path(spec).read_bytes())
-            self.name = f"{Path(spec).stem}-{content.hexdigest()[:6]}"
-
-    def made_by(self, images):
-        """What must agree to compare: the features and, but for Inception, the images' size."""
-        if self.name == "inception":
-            return self.name
-        return f"{self.name} of {images.shape[2]}x{images.shape[3]} pixels"
+            self.name = Path(spec).stem
 
     def __call__(self, images):
         # TF32, torch's default for convolutions on a GPU, would move the features.
@@ -172,7 +139,6 @@ class Extractor:
             return self.net(images.to(self.device)).flatten(1)
 
 # ---- Statistics and distance ---------------------------------------------------------------------
-
 class Statistics:
     """n, mean [d] and unbiased covariance [d, d], in float64, of features that are not kept."""
     def __init__(self):
@@ -193,20 +159,17 @@ class Statistics:
     def cov(self):
         return self.scatter / (self.n - 1)
 
+    def distance(self, other):
+        return frechet_distance(self.mean, self.cov, other.mean, other.cov)
+
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), means [d], covariances [d, d].
-
     With cov1 = R R^T, the last trace is that of (R^T cov2 R)^(1/2). This matrix is symmetric, so
     the trace is the sum of the roots of its eigenvalues, and no matrix root can fail.
     """
     # In float64, since the distance is a small difference of large traces.
     given = [torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2)]
     mean1, cov1, mean2, cov2 = given
-    if len(mean1) != len(mean2):
-        raise InputError(f"features have {len(mean1)} and {len(mean2)} dimensions")
-    if not (mean1 - mean2 + cov1 + cov2).isfinite().all():
-        raise InputError("features or statistics are not finite")
-
     # R from the eigenvalues of cov1. For n <= d some are 0, and come out as rounding errors.
     values, vectors = torch.linalg.eigh(cov1)
     values = values.where(values > 1e-12 * values[-1], 0)
@@ -215,21 +178,15 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     distance = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * shared
     return distance.clamp(min=0).item()
 
-def distance_of(one, other):
-    """The Fréchet distance of two Statistics."""
-    return frechet_distance(one.mean, one.cov, other.mean, other.cov)
-
 def statistics_of(images, extractor, rows=None):
-    """Images of read_images, and which of them (None: all) -> Statistics. Shows the time left."""
+    """Images of read_images, and which of them (None: all) -> Statistics."""
     if rows is None:
         rows = torch.arange(len(images))
-    statistics, start = Statistics(), time.perf_counter()
+    statistics = Statistics()
     for batch in rows.split(64):
         statistics.update(extractor(images[batch]))
-        if sys.stderr.isatty():         # one line, written over again and again
-            rate = statistics.n / (time.perf_counter() - start)
-            left = (len(rows) - statistics.n) / rate
-            print(f"{rate:.0f} images/s, {left:.0f} s left", end="   \r", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"{statistics.n} of {len(rows)} images", end="\r", file=sys.stderr)
     return statistics
 
 def shuffled(images):
@@ -238,8 +195,9 @@ def shuffled(images):
 
 def floor_of(images, extractor, n):
     """The distance of n real images from n others, or of the two halves if there are fewer."""
-    halves = shuffled(images)[:2 * n].chunk(2)
-    return distance_of(*[statistics_of(images, extractor, rows) for rows in halves])
+    one, other = shuffled(images)[:2 * n].chunk(2)
+    reference = statistics_of(images, extractor, other)
+    return statistics_of(images, extractor, one).distance(reference)
 
 def metric_name(features, n):
     """FID only for what papers call FID. Any other distance is named after its features and n."""
@@ -247,24 +205,10 @@ def metric_name(features, n):
         return "FID"
     return f"FD({features})@{n}"
 
-def save_statistics(path, statistics, made_by):
-    """Writes an .npz. made_by (of the Extractor): so that nothing else is compared to it."""
-    np.savez(path, mu=statistics.mean.cpu(), sigma=statistics.cov.cpu(), made_by=made_by)
-
-def load_statistics(path, made_by):
-    """-> mean [d], cov [d, d]. Files of other tools do not say what made them."""
-    saved = load_arrays(path)
-    if saved.get("made_by", made_by) != made_by:
-        raise InputError(f"{path} is of {saved['made_by']}, not of {made_by}")
-    return saved["mu"], saved["sigma"]
-
 # ---- Images --------------------------------------------------------------------------------------
-
 def read_images(source):
-    """A folder, a .zip, an .npz or "cifar10" -> uint8 [n, 3, H, W], labels int64 [n], class names.
-
-    The images are a tensor or `Files`. A label that no image has is no class. InputError for what
-    cannot be read, with its name.
+    """A folder, an .npz or "cifar10" -> uint8 [n, 3, H, W], labels int64 [n], class names.
+    The images are a tensor or `Files`. InputError for what cannot be read, with its name.
     """
     path = Path(source)
     if source == "cifar10":
@@ -274,64 +218,34 @@ def read_images(source):
             raise InputError(f"data/{CIFAR10.filename}: put {CIFAR10.url} there") from error
         images, labels = data.data, np.array(data.classes)[data.targets]
     elif path.suffix == ".npz":
-        arrays = load_arrays(path)
+        try:
+            arrays = dict(np.load(path))                            # runs no pickles
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{path}: not a readable .npz, write it anew") from error
         images = arrays.get("arr_0", np.zeros(0))
         labels = arrays.get("arr_1", np.zeros(len(images)))
-        uint8_nhwc = images.dtype == np.uint8 and images.shape[3:] == (3,)
-        if not uint8_nhwc or labels.shape != (len(images),):
+        if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
             raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
         images = Files(path)
         labels = images.labels
-    if path.suffix == ".npz" or source == "cifar10":
+    if not isinstance(images, Files):
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    # Labels may be names or numbers. They become 0, 1, 2, ... in sorted order.
+    # Labels, names or numbers, become 0, 1, 2, ... in sorted order. One class is no class.
     classes, labels = np.unique(labels, return_inverse=True)
-    names = [str(name) for name in classes]
-    if len(names) == 1:                                             # no classes
-        names = []
+    names = [str(name) for name in classes] if len(classes) > 1 else []
     return images, torch.from_numpy(labels), names
 
-def load_arrays(path):
-    """An .npz -> a dict of its arrays."""
-    try:
-        return dict(np.load(path))                                  # runs no pickles
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a readable .npz, write it anew") from error
-
 class Files:
-    """The images in a folder or a .zip, decoded when asked for: files[rows] -> uint8 [B, 3, H, W].
-
-    So they need not fit into memory. Each has a label, the name or number of its class.
+    """The images in a folder, decoded when asked for: files[rows] -> uint8 [B, 3, H, W].
+    So they need not fit into memory. The label of each is the folder that it lies in.
     """
     def __init__(self, path):
-        # Which files? Each once, whatever links lead to it, but not the shadows that macOS leaves.
-        if path.is_dir():
-            found = {file.resolve(): file for file in sorted(path.rglob("*")) if file.is_file()}
-            root, names = path, [file.relative_to(path).as_posix() for file in found.values()]
-        elif zipfile.is_zipfile(path):
-            root, names = zipfile.Path(path), zipfile.ZipFile(path).namelist()
-            names = [name for name in names if not name.endswith("/")]
-        else:
-            raise InputError(f"{path}: is no folder, no .zip, no .npz and not cifar10")
-        files = [name for name in sorted(names)
-                 if folder.is_image_file(name) and not Path(name).name.startswith("._")]
-        if not files:
-            raise InputError(f"{path}: no images in it")
-        others = len(set(names) - {*files, "dataset.json"})
-        if others:
-            print(f"{path}: {others} files are no images, and are left out", file=sys.stderr)
-
-        # EDM and StyleGAN keep labels in dataset.json. Without it, the folders are the classes.
-        self.labels = [name.rpartition("/")[0] for name in files]
-        if "dataset.json" in names:
-            try:
-                table = dict(json.loads((root / "dataset.json").read_text())["labels"] or ())
-                self.labels = [int(table.get(name, -1)) for name in files]
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{path}: dataset.json lacks numbers") from error
-        self.root, self.files = root, files
-        self.shape = (len(files), *self.decode(files[0]).shape)
+        self.files = [file for file in sorted(path.rglob("*")) if folder.is_image_file(file.name)]
+        if not self.files:
+            raise InputError(f"{path}: no folder with images, no .npz and not cifar10")
+        self.labels = [file.relative_to(path).parent.as_posix() for file in self.files]
+        self.shape = (len(self.files), *self.decode(self.files[0]).shape)
 
     def __len__(self):
         return len(self.files)
@@ -342,58 +256,45 @@ class Files:
             images = list(pool.map(self.decode, files))
         for file, image in zip(files, images):
             if image.shape != self.shape[1:]:
-                raise InputError(f"{self.root / file} is {image.shape}, not {self.shape[1:]}")
+                raise InputError(f"{file} is {image.shape}, not {self.shape[1:]}")
         return torch.from_numpy(np.stack(images))
 
     def decode(self, file):
-        """A file's name -> uint8 [3, H, W], upright, on white where it is transparent.
-
-        Pillow and zipfile raise these errors over damaged files.
-        """
+        """A file's path -> uint8 [3, H, W], upright, on white where it is transparent."""
         try:
-            with (self.root / file).open("rb") as opened, Image.open(opened) as image:
+            with Image.open(file) as image:
                 if image.mode.startswith(("I", "F")):       # Pillow would clip these
                     raise ValueError("more than 8 bits a channel")
                 image = ImageOps.exif_transpose(image).convert("RGBA")
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{self.root / file} cannot be read ({error})") from error
+        except (OSError, SyntaxError, ValueError) as error:     # Pillow's, over damaged files
+            raise InputError(f"{file} cannot be read ({error})") from error
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        return np.array(image).transpose(2, 0, 1)
+        return np.array(Image.alpha_composite(white, image).convert("RGB")).transpose(2, 0, 1)
 
 def main(arguments=None):
     """The command line: images to judge and real ones -> one line with the distance."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    parser.add_argument("a", help="images to judge: a folder, a .zip, an .npz or cifar10")
-    parser.add_argument("b", help="real images: the same, or an .npz of statistics")
+    parser.add_argument("a", help="images to judge: a folder, an .npz or cifar10")
+    parser.add_argument("b", help="real images: the same")
     parser.add_argument("--features", default="inception", help="or random, or TorchScript")
     parser.add_argument("--n", type=int, default=50_000, help="images of a to use")
     args = parser.parse_args(arguments)
     try:
-        # What can be missing is opened first. Of a, n images are drawn, always the same.
-        images = read_images(args.a)[0]
+        # Of the images to judge, n are drawn, always the same.
+        images, real = read_images(args.a)[0], read_images(args.b)[0]
         rows = shuffled(images)[:max(args.n, 0)]
-        if len(rows) < 2:
-            raise InputError(f"--n {args.n}, {args.a}: needs two images or more")
+        if len(rows) < 2 or len(real) < 4:
+            raise InputError(f"--n {args.n}: needs 2 images or more in {args.a}, 4 in {args.b}")
+        if args.features != "inception" and images.shape[2:] != real.shape[2:]:
+            raise InputError(f"{args.a} and {args.b} have images of different sizes")
         extractor = Extractor(args.features, "cuda" if torch.cuda.is_available() else "cpu")
-        floor = "unknown"
-        if args.b.endswith(".npz") and {"mu", "sigma"} <= load_arrays(args.b).keys():
-            mean, cov = load_statistics(args.b, extractor.made_by(images))
-        else:
-            real = read_images(args.b)[0]
-            if len(real) < 4:
-                raise InputError(f"{args.b}: needs four images or more")
-            if extractor.made_by(real) != extractor.made_by(images):
-                raise InputError(f"{args.a} and {args.b} have images of different sizes")
-            floor = f"{floor_of(real, extractor, len(rows)):.4f}"
-            statistics = statistics_of(real, extractor)
-            mean, cov = statistics.mean, statistics.cov
+        floor = floor_of(real, extractor, len(rows))
         made = statistics_of(images, extractor, rows)
-        distance = frechet_distance(made.mean, made.cov, mean, cov)
+        distance = made.distance(statistics_of(real, extractor))
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    print(f"{metric_name(extractor.name, made.n)} {distance:.4f}, n {made.n}, features "
-          f"{extractor.name}, reference {args.b}, floor {floor}")
+    print(f"{metric_name(extractor.name, made.n)} {distance:.4f}, floor {floor:.4f}, n {made.n}, "
+          f"features {extractor.name}, real images {args.b}")
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,10 @@
 """Multistep Consistency Models (Heek, Hoogeboom, Salimans, arXiv 2403.06807) in one file.
 
 A diffusion model guesses the average clean image, so its sampler must take many small steps. A
-consistency model guesses where that sampler would end. One step is then enough, but such a model
-is hard to learn. Between the two lies a dial: cut time into N segments, and let the model guess
-only where the sampler would leave the current segment. N = 1 is a consistency model, N = infinity
-is a diffusion model, and 2 to 8 steps recover most of the quality. (What f returns is still an x:
-the one with which a DDIM jump from z_t lands there. For N > 1 it need not be an image.)
+consistency model guesses where that sampler would end: one step is enough, but hard to learn.
+Between the two lies a dial: cut time into N segments, and guess only where the sampler would leave
+the current segment. N = 1 is a consistency model, N = infinity a diffusion model. (f returns the x
+with which a DDIM jump from z_t lands there. For N > 1 it need not be an image.)
 
     t = 0               1/2             1
         |---+---+---+---|---+---+---+---|       N = 2 segments, n = 4 teacher steps in each, T = 8
@@ -15,7 +14,6 @@ the one with which a DDIM jump from z_t lands there. For N > 1 it need not be an
                         <-----------            the jump from z_t that f learns, to the same place
 
 Symbols (B is the number of samples, "..." any shape, such as C, H, W):
-
     MCM's paper    ECT's paper    here          shape           what it is
     x              x              x             [B, ...]        a clean image, in [-1, 1]
     epsilon        epsilon        eps           [B, ...]        unit Gaussian noise
@@ -33,28 +31,21 @@ Symbols (B is the number of samples, "..." any shape, such as C, H, W):
     x_teacher      -              x_teacher     [B, ...]        the x of the DDIM step to s
     x_var          -              x_var         [B]             variance that this guess lacks
     x_ref          f(x_r, r)      x_ref         [B, ...]        f's guess at s, without gradient
-
 Everything is computed per sample, and of the functions only draw_times is random.
-
-    python mcm.py        # the dial in one dimension: a table, in two minutes
 """
-import copy, math
+import math
 
 import torch
-from torch import nn
 
 # ---- Schedules -----------------------------------------------------------------------------------
 # A schedule is a function t -> (alpha, sigma), with alpha > 0 and a rising sigma / alpha. Networks
-# only ever see the ratio sigma / alpha, so one network serves every schedule.
-
+# only see this ratio, so one network serves every schedule.
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0      # EDM samples between these noise levels
 ANGLE_MIN, ANGLE_MAX = math.atan(SIGMA_MIN), math.atan(SIGMA_MAX)
 
 def cosine(t):
     """Variance preserving: t in [0, 1] -> alpha = cos(angle), sigma = sin(angle), in t's shape.
-
-    The angle is linear in t, and stays inside (0, pi/2). sigma / alpha rises from 0.002 to 80, so
-    that log-SNR = log(alpha^2 / sigma^2) falls from 2 log 500 to -2 log 80.
+    sigma / alpha rises from 0.002 to 80. SNR is alpha^2 / sigma^2.
     """
     angle = ANGLE_MIN + torch.as_tensor(t) * (ANGLE_MAX - ANGLE_MIN)
     return angle.cos(), angle.sin()
@@ -65,11 +56,8 @@ def edm(t):
     return torch.ones_like(t), t
 
 def alpha_sigma(schedule, t, x):
-    """alpha and sigma at t, a number or [B], as [1 or B, 1, ...] to broadcast against x [B, ...].
-
-    A number t becomes float32 or better. In bfloat16, sigma / alpha at t = 1 would be 62, not 80.
-    """
-    if not torch.is_tensor(t):
+    """alpha and sigma at t, a number or [B] -> [1 or B, 1, ...], for x [B, ...]."""
+    if not torch.is_tensor(t):          # float32 or better: in bfloat16, 80 would be 62
         t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     alpha, sigma = schedule(t)
     return per_sample(alpha, x), per_sample(sigma, x)
@@ -84,7 +72,6 @@ def mean_per_sample(x):
     return x.reshape(len(x), -1).mean(1)
 
 # ---- Steps: x, z_t, z_s [B, ...]; t, s a number or [B], s < t ------------------------------------
-
 def ddim(x, z_t, t, s, schedule=cosine):
     """Eq. (4): z_t moved from t to s, as if x were the clean image -> z_s [B, ...]."""
     alpha_t, sigma_t = alpha_sigma(schedule, t, z_t)
@@ -99,45 +86,38 @@ def inv_ddim(z_s, z_t, t, s, schedule=cosine):
 
 def addim(x, z_t, t, s, x_var, schedule=cosine):
     """Algorithm 3, adjusted DDIM, with eq. (14) -> z_s [B, ...].
-
-    A diffusion model's x is the mean of all images that z_t may come from, so a DDIM step loses
-    their variance around it. aDDIM makes the noise a little longer to put the variance back.
-    x_var, a number or [B], is the missing variance per element. With x_var = 0 this is ddim.
+    A diffusion model's x is the mean of all images that z_t may come from, so DDIM loses their
+    variance around it. aDDIM makes the noise a little longer to put it back. x_var, a number or
+    [B], is the missing variance per element. With x_var = 0 this is ddim.
     """
     alpha_t, sigma_t = alpha_sigma(schedule, t, z_t)
     alpha_s, sigma_s = alpha_sigma(schedule, s, z_t)
     eps_hat = (z_t - alpha_t * x) / sigma_t
 
-    # The mean is over one sample, never over the batch. In few dimensions it can be 0.
     eps_square = per_sample(mean_per_sample(eps_hat**2).clamp(min=1e-12), z_t)
     missing = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * per_sample(x_var, z_t)
     return alpha_s * x + (sigma_s**2 + missing / eps_square).sqrt() * eps_hat
 
 # ---- Times, in cosine's [0, 1] -------------------------------------------------------------------
-
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i) at iteration i: the teacher steps in all of [0, 1], log-linear from start to end.
-
-    Few long steps come first: they are biased, but what f learns at an edge soon reaches t. Many
-    short ones come later. The paper anneals over the first half of its 200k iterations.
+    The first steps are long and biased, but what f learns at an edge soon reaches t.
     """
     progress = min(max(i / anneal, 0.0), 1.0)
     return start * (end / start) ** progress
 
 def draw_times(batch, student_steps, teacher_steps, generator=None, device=None, u=None):
     """The random times of Algorithm 1 -> t, s, t_step [B], with t_step <= s < t.
-
     student_steps: N, or int64 [B] where one network serves several N.
-    teacher_steps: T(i) > 0. We round it to T = n N, with a whole number n >= 1 of steps in each
-        segment. (In the paper T stays T(i), and where N does not divide it, t can pass the edge.)
-    u: [2, B] in [0, 1), to choose the times by something else than torch.rand.
+    teacher_steps: T(i) > 0. We round it to T = n N, with n >= 1 whole steps in each segment. (In
+        the paper T stays T(i), and where N does not divide it, t can pass the edge.)
+    u: [2, B] in [0, 1), in place of torch.rand.
     """
     if u is None:
         u = torch.rand(2, batch, generator=generator, device=device)
     N = student_steps
     n = torch.as_tensor(teacher_steps / N).round().clamp(min=1)
     T = n * N
-
     step = (u[0] * N).floor()                       # uniform in 0 .. N - 1
     n_rel = (u[1] * n).floor() + 1                  # uniform in 1 .. n
 
@@ -148,25 +128,19 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None,
     return t, s, t_step
 
 # ---- The loss ------------------------------------------------------------------------------------
-
 def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_ref=None,
                      x_var_frac=0.75, huber_eps=1e-4):
     """Algorithm 1 for data x [B, ...], noise eps [B, ...] and times [B] of draw_times -> [B].
-
     teacher None    consistency training (MCT): the data itself leads from t to s.
     teacher(z, t)   distillation (MCD): the teacher's guess leads. See also `guided`.
     f_ref           the reference. None: f itself. TRACT (2303.04248): an average of f.
-    huber_eps       see v_loss.
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
-    f is called at s without gradient, then at t with. Dropout in f should have one mask for both
-    calls. Autocast belongs inside f: around both, it would reuse weights without gradient.
-    draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at each, and an f
-    of that schedule: make_f(D, edm).
+    f is called at s without gradient, then at t with. Dropout in f should have one mask for both.
+    draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at each.
     """
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
     z_t = alpha_t * x + sigma_t * eps
-
     with torch.no_grad():
         # (2) Who leads from t to s? A guided teacher makes two guesses: we step along the guided
         #     one, and take the variance from the other.
@@ -190,12 +164,10 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
 @torch.no_grad()
 def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     """The x whose jump from z_t lands where the reference's jump from z_s lands -> [B, ...].
-
     Both jumps end at t_step. For s = t_step no jump is left, and the place is z_s. Then the result
     is the target of a diffusion model, eq. (8): without a teacher, x.
     """
-    # f_ref runs on the whole batch, for fixed shapes. Where s = t_step its guess is not used. With
-    # edm, s can be 0 there: no network is defined at 0 (so call it at t), and ddim gives 0 / 0.
+    # Where s = t_step, f_ref's guess is not used. With edm s can be 0 there, and f is undefined.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -204,10 +176,8 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
 
 def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """The pseudo-Huber distance of two guesses of x [B, ...], measured in v-space -> [B].
-
-    With eps = (z_t - alpha x) / sigma and alpha^2 + sigma^2 = 1, v = alpha eps - sigma x is
-    (alpha z_t - x) / sigma. So dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2.
-    The factor sqrt(alpha^2 + sigma^2) makes the loss the same for every schedule.
+    v = alpha eps - sigma x. With alpha^2 + sigma^2 = 1 it is (alpha z_t - x) / sigma, and so
+    dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. The root below serves every schedule.
     We take the mean over elements where the paper takes the sum: huber_eps is an error per element.
     """
     alpha, sigma = alpha_sigma(schedule, t, z_t)
@@ -215,22 +185,16 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     return pseudo_huber(mean_per_sample(v_difference**2), huber_eps)
 
 def pseudo_huber(square, c):
-    """sqrt(square + c^2) - c for a squared norm [B] -> [B], without cancellation.
-
-    Small c: a norm, minimised by a median. Large c: square / (2 c), minimised by a mean.
-    """
+    """sqrt(square + c^2) - c, [B] -> [B]. Small c: a norm. Large c: nearly square / (2 c)."""
     return square / ((square + c**2 + 1e-30) ** 0.5 + c)    # 1e-30: a finite slope at 0
 
 # ---- Networks ------------------------------------------------------------------------------------
 # A network is a denoiser D(x, sigma [B]) -> x_hat [B, ...]. Its x is noisy: image + sigma eps.
-
 def make_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) -> x_hat from a denoiser: f(z, t) = D(z / alpha, sigma / alpha).
-
     steps (N, or int64 [B]) and condition: see `conditioned`.
     """
     D = conditioned(denoise, steps, **condition)
-
     def f(z, t):
         alpha, sigma = alpha_sigma(schedule, t, z)
         return D(z / alpha, (sigma / alpha).flatten().expand(len(z)))
@@ -246,16 +210,11 @@ def conditioned(denoise, steps=None, **condition):
 
 def segment(sigma, steps):
     """Which of the N segments holds the noise level sigma / alpha [B] -> int64 [B].
-
-    The result is a row of one table for all N: row 0 is the segment of N = 1, rows 1 and 2 are
-    those of N = 2, and so on. Segment `step` of N is row N (N - 1) / 2 + step.
-    Telling it to the network is ours: its target is discontinuous where two segments meet, and a
-    smooth function of sigma cannot be.
+    A row of one table: row 0 for N = 1, rows 1 and 2 for N = 2, and so on. That the network is told
+    is ours: the target is discontinuous where two segments meet.
     """
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
-
-    # The sampler calls f on the edges. There t belongs to the segment below. The 1e-4 allows for a
-    # sigma that was rounded up.
+    # An edge belongs to the segment below it. The 1e-4 allows for a sigma that was rounded up.
     step = (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1) - 1
     return (step + steps * (steps - 1) // 2).long()
 
@@ -266,84 +225,3 @@ def guided(f, f_uncond, weight):
         x_guided = x_cond + weight * (x_cond - f_uncond(z, t))
         return x_guided, x_cond
     return teacher
-
-# ---- The dial in one dimension -------------------------------------------------------------------
-
-WEIGHTS = torch.tensor([0.3, 0.5, 0.2])             # the data: three Gaussians
-MEANS = torch.tensor([-1.2, 0.2, 1.3])
-STD = 0.1
-
-class ToyDenoiser(nn.Module):
-    """D(x [B, 1], sigma [B], segment [B]) -> [B, 1]: an MLP with EDM's c_in, c_skip and c_out."""
-    def __init__(self, width=32):
-        super().__init__()
-        self.inputs = nn.Linear(22, width)          # 2 numbers, cos and sin of 10 waves
-        self.segment = nn.Embedding(36, width)      # of N = 1 to 8
-        nn.init.zeros_(self.segment.weight)         # so that tuning starts from diffusion
-        self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                  nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
-
-    def forward(self, x, sigma, segment=None):
-        sigma = sigma[:, None]
-        c_in = (sigma**2 + 1).rsqrt()               # the data's deviation is about 1
-        waves = torch.cat([1.5 * c_in * x * torch.arange(1, 7),
-                           sigma.atan() * torch.arange(1, 5)], 1)
-        h = self.inputs(torch.cat([c_in * x, sigma.log() / 4, waves.cos(), waves.sin()], 1))
-        if segment is not None:
-            h = h + self.segment(segment)
-        return c_in**2 * x + sigma * c_in * self.rest(h)
-
-def train_toy(net, N=None, teacher=None, iterations=2400):
-    """Tunes a copy of `net` to N steps, or trains it as a diffusion model (N None) -> net, f."""
-    net = copy.deepcopy(net)
-    f = make_f(net, steps=N)
-    points = torch.quasirandom.SobolEngine(5, scramble=True, seed=0)  # evenly spread
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-    for i in range(iterations):
-        optimizer.param_groups[0]["lr"] = 0.03 * (1 - i / iterations) ** 1.5
-        u = points.draw(4096).clamp(1e-6, 1 - 1e-6).T
-        eps = torch.special.ndtri(u[0])[:, None]
-        mode = (u[1] > 0.3).long() + (u[1] > 0.8)                       # by WEIGHTS
-        x = (MEANS[mode] + STD * torch.special.ndtri(u[2]))[:, None]
-
-        # A diffusion model is the limit N = T: as T <= 512, each of 512 segments has one step.
-        T = teacher_steps(i, 12, 512, anneal=iterations * 2 / 3)
-        t, s, t_step = draw_times(4096, N or 512, T, u=u[3:])
-
-        # In one dimension a norm would learn medians: huber_eps = 100 makes it a square. And x_var,
-        # a mean over one element, would be mere noise: x_var_frac is 0.
-        loss = consistency_loss(f, x, eps, t, s, t_step, teacher=teacher, x_var_frac=0.0,
-                                huber_eps=100.0)
-        optimizer.zero_grad()
-        loss.mean().backward()
-        optimizer.step()
-    return net, f
-
-@torch.no_grad()
-def sample_toy(f, z, N):
-    """Algorithm 2: z [B, 1] at t = 1 jumps to 1 - 1/N, ..., 0 -> samples [B, 1]."""
-    for i in range(N, 0, -1):
-        z = ddim(f(z, i / N), z, i / N, (i - 1) / N)
-    return z
-
-def main(n=100_000):
-    """Prints the table of README.md."""
-    from scipy.stats import wasserstein_distance
-    torch.manual_seed(0)
-
-    # The exact quantiles of noise and data: no chance in the sampling.
-    z = torch.special.ndtri((torch.arange(n).double() + 0.5) / n).float()[:, None]
-    truth, weights = (MEANS + STD * z).flatten(), WEIGHTS.repeat(n)
-
-    def distance(f, N):
-        return wasserstein_distance(sample_toy(f, z, N).flatten(), truth, None, weights)
-
-    net, teacher = train_toy(ToyDenoiser())
-    print("Wasserstein-1 distance to the data; diffusion model in 64 steps: "
-          f"{distance(teacher, 64):.4f}\nsteps diffusion       MCT       MCD", flush=True)
-    for N in (1, 2, 4, 8):
-        row = [teacher, train_toy(net, N)[1], train_toy(net, N, teacher)[1]]
-        print(f"{N:5} " + " ".join(f"{distance(f, N):9.4f}" for f in row), flush=True)
-
-if __name__ == "__main__":
-    main()

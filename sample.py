@@ -7,11 +7,9 @@
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
 Noise and images are [B, ...]. Images come out on the scale of [-1, 1], not clipped. The state is
-float64, because float32 errors add up at sigma = 80. f gets the noise's dtype. D gets float64 and
-casts it itself, as EDM's network does. Both have their labels bound already.
+float64, because float32 errors add up at sigma = 80. Labels are bound to f and D already.
 
     python sample.py --steps 2                               # a model that comes with the code
-    python sample.py CHECKPOINT --steps 2 --n 64 --out grid.png
     python sample.py CHECKPOINT --n 50000 --out samples.npz  # uint8 NHWC in arr_0, for fid.py
 """
 import argparse
@@ -26,10 +24,7 @@ from torchvision.utils import save_image
 import ect, mcm
 
 def guess(network, x, t, dtype=torch.float64):
-    """f(x, t) or D(x, sigma) at one time for the whole batch -> x_hat [B, ...], float64.
-
-    The network gets x in `dtype`, and its times in float32 or better.
-    """
+    """f(x, t) or D(x, sigma) at one time for all: x in `dtype`, t float32 or better -> float64."""
     time_dtype = torch.promote_types(dtype, torch.float32)
     times = torch.full((len(x),), float(t), dtype=time_dtype, device=x.device)
     return network(x.to(dtype), times).double()
@@ -37,7 +32,6 @@ def guess(network, x, t, dtype=torch.float64):
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
     """MCM Algorithm 2: z [B, ...] at the first time -> z at the last, which is the image.
-
     steps: N, for the times 1, (N - 1)/N, ..., 0, or a list of falling times of the schedule.
     x_var(alpha_t, sigma_t): None for a jump by ddim, or as in `addim`.
     """
@@ -65,7 +59,6 @@ def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
 @torch.no_grad()
 def renoise(denoise, latents, sigmas, noise=None):
     """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64.
-
     sigmas: falling noise levels, one for each step. ECT's two steps are [80, 0.821].
     noise: one [B, ...] for each sigma after the first. None: drawn here.
     """
@@ -78,17 +71,15 @@ def renoise(denoise, latents, sigmas, noise=None):
 @torch.no_grad()
 def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_MAX, rho=7):
     """EDM Algorithm 1: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64."""
-    # (1) Noise levels t_0 > ... > t_{n-1} > t_n = 0: equal steps in sigma^(1 / rho).
+    # (1) Noise levels t_0 > ... > t_n = 0, evenly spaced in sigma^(1 / rho).
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = ((high + ramp * (low - high)) ** rho).tolist() + [0.0]
-
     x = latents.double() * sigmas[0]
     for t, t_next in pairwise(sigmas):
         # (2) An Euler step along the slope dx/dsigma at t.
         slope = (x - guess(denoise, x, t)) / t
         x_next = x + (t_next - t) * slope
-
         # (3) Heun's correction: the average of the slopes at both ends.
         if t_next > 0:
             slope_next = (x_next - guess(denoise, x_next, t_next)) / t_next
@@ -97,48 +88,43 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
     return x
 
 # ---- From a network to images --------------------------------------------------------------------
-
 def sample_batch(net, sampler, steps, noise, labels=None):
     """noise [draws, B, C, H, W], one draw or, for "renoise", one for each step -> x [B, C, H, W].
-
     sampler: "multistep" for MCT, MCD and ECT in segments; "renoise" for ECT; "ddim" or "heun" for a
     diffusion model. labels: one-hot [B, classes] or None.
     """
     if sampler == "multistep":
         return multistep(mcm.make_f(net, steps=steps, labels=labels), noise[0], steps)
     if sampler == "renoise":
-        # ECT gives levels for two steps. For others we take equal distances in cosine's t. It was
-        # trained as one segment, so the network is told N = 1.
-        sigmas = [mcm.SIGMA_MAX, ect.MID_SIGMA]
-        if steps != 2:
-            sigmas = [mcm.SIGMA_MAX] + ect.segment_edges(steps).flip(0).tolist()
-        return renoise(mcm.conditioned(net, 1, labels=labels), noise[0], sigmas, noise[1:])
+        # ECT gives a level for two steps. For others we take equal distances in cosine's t.
+        later = ect.segment_edges(steps).flip(0).tolist()
+        if steps == 2:
+            later = [ect.MID_SIGMA]
+        sigmas = [mcm.SIGMA_MAX] + later
+        D = mcm.conditioned(net, 1, labels=labels)              # trained as one segment
+        return renoise(D, noise[0], sigmas, noise[1:])
     if sampler == "heun":
         return heun(mcm.conditioned(net, labels=labels), noise[0], steps)
     return multistep(mcm.make_f(net, labels=labels), noise[0], steps)
 
 def generate(net, sampler, steps, n, seed=0, labels=None):
     """n images -> uint8 [n, C, H, W] on the CPU. labels: int64 [n] or None.
-
-    For one net, precision, sampler and steps, an image depends on (seed, its number, its label).
+    An image's noise depends on (seed, its number) alone.
     """
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1
     shape = (draws, *net.image_shape)
     images = []
     for numbers in torch.arange(n).split(125):
-        generators = [np.random.default_rng([seed, i]) for i in numbers.tolist()]
-        each = [generator.standard_normal(shape, np.float32) for generator in generators]
+        each = [np.random.default_rng([seed, i]).standard_normal(shape, np.float32)
+                for i in numbers.tolist()]
         noise = torch.from_numpy(np.stack(each, axis=1)).to(device)
         one_hot = None
         if labels is not None:
             one_hot = F.one_hot(labels[numbers], net.model.classes).float().to(device)
-        images.append(to_uint8(sample_batch(net, sampler, steps, noise, one_hot)).cpu())
+        x = sample_batch(net, sampler, steps, noise, one_hot)
+        images.append((x.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu())    # 0 .. 255
     return torch.cat(images)
-
-def to_uint8(x):
-    """[-1, 1] -> 0 .. 255, to the nearest: the inverse of v / 127.5 - 1 on all 256 levels."""
-    return (x.clamp(-1, 1) * 127.5 + 127.5).round().byte()
 
 def save_grid(images, path, columns):
     """uint8 [B, 3, H, W] -> a PNG, each pixel as 2x2."""
@@ -156,7 +142,6 @@ def main(arguments=None):
     add("--steps", type=number(int, 1, 1000), help="default: the most that it is for")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
-    add("--class", dest="label", help="a class's name or number; default: all in turn")
     add("--seed", type=number(int, 0, 2**32), default=0)
     args = parser.parse_args(arguments)
 
@@ -169,25 +154,19 @@ def main(arguments=None):
         steps = args.steps or max(own_steps)
         if sampler == "multistep" and steps not in own_steps:
             raise InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
-        known = names + [str(i) for i in range(len(names))]
-        if args.label is not None and args.label not in known:
-            raise InputError(f"--class {args.label}: it knows {names or 'no classes'}")
     except (InputError, OSError) as error:
         parser.error(str(error))
 
     labels = None
-    if names:
+    if names:                           # all in turn
         labels = torch.arange(args.n) % len(names)
-        if args.label is not None:
-            labels[:] = known.index(args.label) % len(names)
     images = generate(load_network(state), sampler, steps, args.n, args.seed, labels)
     with atomic(args.out) as part:
         if args.out.suffix == ".png":
             save_grid(images, part, columns=round(args.n**0.5))
         else:
             np.savez(part, arr_0=images.permute(0, 2, 3, 1).numpy())
-    print(f"{args.out}: {args.n} samples of {state['settings']['data']} ({sampler}) in {steps} "
-          f"steps; classes: {names or 'none'}")
+    print(f"{args.out}: {args.n} samples in {steps} steps; classes: {names or 'none'}")
 
 if __name__ == "__main__":
     main()

@@ -3,9 +3,8 @@
     python train_cifar.py --steps 2                      # the whole job, on a GPU or a laptop
     python train_cifar.py --method ect --steps 2         # Easy Consistency Tuning
     python train_cifar.py --steps 1 2 4 8                # one network for the whole dial
-    torchrun --nproc_per_node=8 train_cifar.py --steps 2
 
-A diffusion model D(x, sigma) is loaded, or trained first (phase "diffusion"). A copy of it is then
+A diffusion model D(x, sigma) is loaded, or trained first (phase "diffusion"). Then a copy of it is
 tuned to few steps (phase "tuned"). One iteration of `train`:
 
     draw            from (seed, phase, iteration) alone: images, noise, times, dropout seeds
@@ -14,30 +13,24 @@ tuned to few steps (phase "tuned"). One iteration of `train`:
     compare         step_loss: mcm.v_loss, mcm.consistency_loss or ect.ect_loss -> [B]
     update          RAdam, with a learning rate that falls to 0 and, in fp16, a loss scale
     average         ema <- ema + (1 - decay) (net - ema): the weights that are sampled
-    log, save       every 100 and every --save-every iterations: a line, a checkpoint, samples
+    log, save       every 100 and every --save-every iterations: a line, a checkpoint
 """
-import argparse, contextlib, copy, hashlib, io, json, math, os, pickle, signal, sys, time
+import argparse, contextlib, copy, hashlib, io, json, math, pickle, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import ect, fid, mcm, sample
 from fid import InputError
 
-# torchrun starts WORLD processes, each with its RANK. Without it we ignore these variables.
-RANK, WORLD = 0, 1
-if dist.is_torchelastic_launched():
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # ---- Settings ------------------------------------------------------------------------------------
-
 def number(kind, low, high):
     """A type for argparse: an int or a float from low to high."""
     def numeric(text):
@@ -46,29 +39,27 @@ def number(kind, low, high):
         return kind(text)
     return numeric
 
-# How argparse reads a setting.
 COUNT = dict(type=number(int, 1, 10**9))
 RATIO = dict(type=number(float, 0, 1))
 SIZE = dict(type=number(float, 0, 1e6))
 SWITCH = dict(action=argparse.BooleanOptionalAction)
 
 # Two presets, named after their data. "cifar10" has the papers' settings: those of ECT's A100 hour,
-# with T and huber_eps of MCM. "shapes" is small and short. The target at t comes from f at s, whose
-# own target comes from further down: errors add up. So a short run takes fewer teacher steps T (for
-# ECT, a smaller q^stages). The rest was found by trying.
+# with T and huber_eps of MCM. "shapes" is small and short. Errors add up over the teacher steps, so
+# it has fewer of them (T; for ECT, a smaller q^stages). The rest was found by trying.
 SETTINGS = [
     # name, how it is read ({}: as text), preset shapes, preset cifar10, what it is
     ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "other defaults"),
     ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: all in one network"),
-    ("method", dict(choices=("mct", "mcd", "ect")), "mct", "mct", "train, distil, ECT"),
-    ("data", {}, "shapes", "cifar10", "shapes, cifar10, a folder, a .zip or an .npz"),
+    ("method", dict(choices=("mct", "mcd", "ect", "ect-segmented")), "mct", "mct", "the loss"),
+    ("data", {}, "shapes", "cifar10", "shapes, cifar10, a folder or an .npz"),
     ("init", {}, "shapes", "edm", "EDM's .pkl or our .pt; none: train one first"),
     ("classes", SWITCH, False, False, "give the network the class labels"),
     ("out", {}, None, None, "folder of the run; default: runs/DATA-METHOD-STEPS"),
     # The optimizer. For longer runs, ema nearer to 1.
     ("iters", COUNT, 1000, 8_000, "iterations of tuning"),
     ("pretrain_iters", COUNT, 2500, 100_000, "iterations of training a diffusion model"),
-    ("batch", COUNT, 32, 128, "images in an iteration, of all processes"),
+    ("batch", COUNT, 32, 128, "images in an iteration"),
     ("lr", RATIO, 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0"),
     ("pretrain_lr", RATIO, 2e-3, 5e-4, "the same for the diffusion model"),
     ("ema", RATIO, 0.99, 0.9993, "decay of the averaged weights"),
@@ -84,7 +75,6 @@ SETTINGS = [
     ("p_mean", dict(type=float), 1.0, -1.1, "ect: mean of ln t"),
     ("p_std", SIZE, 1.8, 2.0, "ect: standard deviation of ln t"),
     ("c", SIZE, 0.05, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
-    ("segmented", SWITCH, False, False, "ect: in segments, as MCM"),
     # The machine. Gradients of bf16 are too coarse where t - r is small.
     ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "network"),
     ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
@@ -94,11 +84,9 @@ SETTINGS = [
     ("features", {}, "random", "inception", "random, inception, a TorchScript file"),
     ("fd_samples", dict(type=number(int, 10, 10**7)), 1000, 50_000, "images to measure"),
 ]
-
 # What may change when a run goes on.
 MAY_CHANGE = ("out", "precision", "compile", "features", "fd_samples", "save_every")
-
-# The networks of the presets. The small one works on patches of 2x2 pixels, the other is EDM's.
+# The presets' networks: a small one that works on patches of 2x2 pixels, and EDM's.
 NETS = {"shapes": dict(mult=(1, 2, 2), blocks=1, attention=(), patch=2), "cifar10": {}}
 
 def read_settings(parser, arguments):
@@ -108,7 +96,6 @@ def read_settings(parser, arguments):
                             help=f"{text} (shapes: {shapes}, cifar10: {cifar10})")
     settings = parser.parse_args(arguments)
     settings.preset = settings.preset or choose_preset(settings.data)
-
     # What is not given is the preset's. Its diffusion model fits only its own data and network.
     other_data = settings.data not in (None, settings.preset)
     if settings.init is None and (other_data or settings.width or settings.classes):
@@ -116,33 +103,28 @@ def read_settings(parser, arguments):
     for name, how, shapes, cifar10, text in SETTINGS:
         if getattr(settings, name) is None:
             setattr(settings, name, shapes if settings.preset == "shapes" else cifar10)
-
-    if settings.segmented and (settings.method != "ect" or len(settings.steps) > 1):
-        raise InputError("--segmented: needs --method ect and a single number of --steps")
+    if settings.method == "ect-segmented" and len(settings.steps) > 1:
+        raise InputError("--method ect-segmented: needs a single number of --steps")
     if settings.stages * math.log2(settings.q) > 20:
         raise InputError("--q, --stages: q^stages is above 2^20, and t - r is lost in rounding")
-    if settings.batch % WORLD:
-        raise InputError(f"--batch {settings.batch}: not a multiple of {WORLD} processes")
     return settings
 
 def choose_preset(data):
     """No --data, or cifar10: preset cifar10 on a GPU that can have its files. Else shapes."""
-    if data not in (None, "cifar10"):
-        return "shapes"                         # its settings suit any small run
-    try:
-        if DEVICE.type == "cpu":
-            raise InputError("there is no GPU here")
-        fid.download(*EDM)
-        fid.download(*fid.INCEPTION)
-        fid.read_images("cifar10")
-        return "cifar10"
-    except InputError as error:
-        say(f"preset shapes (a small network, a short run), because {error}\n"
-            "for ECT's own settings: --preset cifar10 (an hour on an A100, days on a laptop)")
-        return "shapes"
+    if data in (None, "cifar10"):
+        try:
+            if DEVICE.type == "cpu":
+                raise InputError("there is no GPU here")
+            fid.download(*EDM)
+            fid.download(*fid.INCEPTION)
+            fid.read_images("cifar10")
+            return "cifar10"
+        except InputError as error:
+            print(f"preset shapes (a small network, a short run), because {error}\nfor ECT's own "
+                  "settings: --preset cifar10 (an hour on an A100, days on a laptop)")
+    return "shapes"                             # its settings suit any small run
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
-
 def hash32(h):
     """Mixes the bits of h, int32 of any shape: each bit of the result depends on all of them."""
     for _ in range(2):
@@ -151,30 +133,25 @@ def hash32(h):
 
 def dropout(x, p, seed, layer):
     """Dropout of x [B, C, H, W] by a mask that depends on (seed [B], layer, element) alone.
-
-    Both passes of a consistency step must have one mask, on every device, compiled or not, on one
-    process or eight. A saved and restored state of a random generator does not survive CUDA graphs.
+    Both passes of a consistency step must have one mask. To save and restore the state of a random
+    generator in between would not survive CUDA graphs.
     """
     element = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
-    # 0x9E3779B1, a prime near 2^32 over the golden ratio, keeps the layers' seeds far apart.
+    # The prime, 2^32 over the golden ratio, keeps the layers' seeds far apart.
     start = hash32((seed + 0x9E3779B1 * layer).int())               # [B]
     chance = hash32(start.view(-1, 1, 1, 1) + element.view(x.shape[1:]))    # [B, C, H, W]
     keep = chance >= int(p * 2**32) - 2**31         # chance is uniform over all of int32
     return x * keep / (1 - p)
 
 def group_norm(channels):
-    """At most 32 groups, with at least 4 channels in each."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 def conv(c_in, c_out, kernel):
-    """Keeps H and W."""
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
 
 class Block(nn.Module):
     """A residual block, x [B, c_in, H, W] and emb [B, c_emb] -> [B, c_out, H', W'].
-
-    p: of dropout. layer: the block's number, for the dropout mask. resample: a module that halves
-    or doubles H and W, both on the way through the convolutions and on the way around them.
+    p: of dropout. layer: the block's number. resample: a module that halves or doubles H and W.
     """
     def __init__(self, c_in, c_out, c_emb, p, layer, resample=None, attention=False):
         super().__init__()
@@ -200,14 +177,12 @@ class Block(nn.Module):
         # Two convolutions. What the embedding says is added in between, equally for all pixels.
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
-        if self.training and self.p > 0:
+        if seed is not None and self.p > 0:
             h = dropout(h, self.p, seed, self.layer)
-
         # Plus the way around them. The factor keeps the variance of a sum of two.
         x = (self.conv1(h) + self.skip(self.resample(x))) * 0.5**0.5
         if self.attention:
-            # Of all pixels to all, with one head. In the published weights the channels are
-            # interleaved: q, k, v of channel 0, of channel 1, ...
+            # With one head. The channels are interleaved: q, k, v of channel 0, of channel 1, ...
             qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))
             q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()   # each [B, 1, H W, C]
             a = F.scaled_dot_product_attention(q, k, v)
@@ -216,9 +191,7 @@ class Block(nn.Module):
 
 class DDPMpp(nn.Module):
     """The raw network F(c_in x, c_noise). Its blocks are called {side}x{side}_{block}, as EDM's.
-
-    width, mult: channels of the levels. blocks: of each level. attention: sides that have it. The
-    first block of the decoder always has it.
+    width, mult: channels of the levels. blocks: of each level. attention: sides that have it.
     patch: works on patch x patch pixels at a time. segments: rows of an embedding, mcm.segment.
     """
     def __init__(self, width, mult, blocks, resolution, classes=0, augment_dim=0, dropout=0.0,
@@ -226,13 +199,12 @@ class DDPMpp(nn.Module):
         super().__init__()
         self.patch, self.classes = patch, classes
         c_emb = 4 * width
-
-        # The ways into the embedding: noise level, label, EDM's augmentation, segment (ours).
+        # The ways into the embedding: noise level, label, segment (ours).
         frequencies = (1 / 10000) ** (torch.arange(width // 2).float() / (width // 2 - 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
         if classes:
             self.map_label = nn.Linear(classes, width)
-        if augment_dim:
+        if augment_dim:                 # never used, but a key of the published weights
             self.map_augment = nn.Linear(augment_dim, width, bias=False)
         self.map_layer0 = nn.Linear(width, c_emb)
         self.map_layer1 = nn.Linear(c_emb, c_emb)
@@ -272,7 +244,6 @@ class DDPMpp(nn.Module):
                 self.dec[f"{side}x{side}_up"] = block(c, c, resample=nn.Upsample(scale_factor=2))
         self.dec[f"{side}x{side}_aux_norm"] = group_norm(c)
         self.dec[f"{side}x{side}_aux_conv"] = conv(c, 3 * patch**2, 3)
-
         # As EDM: the last layer of each residual branch begins near zero.
         for name, p in self.named_parameters():
             if name.endswith("bias") or "map_segment" in name:
@@ -284,7 +255,7 @@ class DDPMpp(nn.Module):
             elif p.ndim > 1:
                 nn.init.xavier_uniform_(p)
 
-    def forward(self, x, c_noise, labels=None, augment=None, segment=None, seed=None):
+    def forward(self, x, c_noise, labels=None, segment=None, seed=None):
         """Noisy images [B, 3, H, W] and c_noise [B] -> [B, 3, H, W]. The rest: UNet.forward."""
         # The embedding of noise level, label and segment: [B, c_emb].
         angle = c_noise[:, None] * self.frequencies
@@ -293,13 +264,10 @@ class DDPMpp(nn.Module):
             if labels is None:              # zeros, which still add the bias
                 labels = emb.new_zeros(1, self.classes)
             emb = emb + self.map_label(labels.to(x.dtype) * self.classes**0.5)
-        if augment is not None:
-            emb = emb + self.map_augment(augment.to(x.dtype))
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if segment is not None:
             emb = emb + self.map_segment(segment)
         emb = F.silu(emb)
-
         # Down and up again. The decoder's blocks take the encoder's outputs, the last one first.
         x = F.pixel_unshuffle(x, self.patch)
         skips = []
@@ -315,13 +283,9 @@ class DDPMpp(nn.Module):
         return F.pixel_shuffle(x, self.patch)
 
 SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
-
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
-
-    But for dropout, it is the same in train() and eval(). (ECT's authors have sigma - 0.003 in the
-    c_skip and c_out of eval().) Another network here needs the same constructor, forward,
-    .arguments, .image_shape and .model.classes.
+    Another network here needs the same forward, .arguments, .image_shape and .model.classes.
     """
     dtype = torch.float32           # that all raw networks compute in
 
@@ -331,17 +295,14 @@ class UNet(nn.Module):
         self.model = DDPMpp(**self.arguments)
         self.image_shape = (3, resolution, resolution)
 
-    def forward(self, x, sigma, labels=None, augment=None, segment=None, seed=None):
+    def forward(self, x, sigma, labels=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
 
-        labels: one-hot float [B, classes], zeros or None for no label. augment: [B, augment_dim].
-        segment: int64 [B] of mcm.segment. seed: int64 [B] in [0, 2^32) of the dropout masks.
+        labels: one-hot float [B, classes], zeros or None for no label. segment: int64 [B] of
+        mcm.segment. seed: int64 [B] in [0, 2^32) of the dropout masks; None: no dropout.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        if seed is None:
-            seed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-
         # EDM, table 1. Input and target of the raw network have variance 1 at every sigma.
         level = mcm.per_sample(sigma, x)                        # [B, 1, 1, 1]
         c_in = (level**2 + SIGMA_DATA**2).rsqrt()
@@ -349,23 +310,18 @@ class UNet(nn.Module):
         c_out = SIGMA_DATA * level * c_in
         c_noise = sigma.log() / 4                               # [B]
 
-        # The raw network with its weights, and so all that it computes, in self.dtype. (torch's
-        # autocast would keep group norms in float32: twice the memory traffic.)
+        # The raw network computes in self.dtype. (autocast would leave group norms in float32.)
         weights = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
-        inputs = (c_in * x).to(self.dtype), c_noise, labels, augment, segment, seed
+        inputs = (c_in * x).to(self.dtype), c_noise, labels, segment, seed
         raw = torch.func.functional_call(self.model, weights, inputs)
         return c_skip * x + c_out * raw
 
 # ---- Data: uint8 images [n, 3, H, W], labels int64 [n], names of the classes ---------------------
-
 COLOURS = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220],    # red, green, blue
                         [240, 200, 40], [170, 60, 190]])                # yellow, purple
 
 def shapes(n=20_000, size=32):
-    """Discs, squares and triangles in five colours on soft grey -> images, labels, class names.
-
-    A small network learns them in minutes, and noise, blur and wrong colours all show.
-    """
+    """Discs, squares and triangles in five colours on soft grey -> images, labels, class names."""
     g = torch.Generator().manual_seed(0)
     ramp = (torch.arange(size) + 0.5) / size * 2 - 1            # pixels, in [-1, 1]
     labels = torch.arange(n) % 3
@@ -375,13 +331,11 @@ def shapes(n=20_000, size=32):
         radius = 0.4 + 0.2 * radius
         x = ramp - (dx * 2 - 1) * (0.9 - radius)            # from the centre: [B, 1, W]
         y = ramp[:, None] - (dy * 2 - 1) * (0.9 - radius)   # [B, H, 1]
-
         # The distance to the edge of each shape, negative inside: [3, B, H, W] -> [B, H, W].
         disc = x.hypot(y) - radius
         square = torch.maximum(x.abs(), y.abs()) - 0.85 * radius
         triangle = torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) - 0.6 * radius
         edge = torch.stack([disc, square, triangle])[label, torch.arange(len(label))]
-
         # The shape over its ground, with an edge that is soft by one pixel: [B, 3, H, W].
         inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]
         ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp[:, None]
@@ -410,16 +364,15 @@ def load_data(settings):
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
 # EDM's and ECT's files are pickles: programs that import names and call them. Our unpickler imports
 # nothing. Each name that such files need stands for something harmless, and any other is refused.
-# Source code in a file is a mere string. A hostile file can waste memory, but run no code.
-
+# A hostile file can waste memory, but run no code.
 EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
        "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da")
 
 class Inert(nn.Module):
     """Stands for an object of any class. Its state_dict() is that of the module it stands for.
 
-    EDM's classes arrive as calls of _reconstruct_persistent_obj, with a dict of their state and
-    source code. The state is kept. The rest (getattr, numpy's scalars and types) is never read.
+    EDM's classes arrive as calls of _reconstruct_persistent_obj, with a dict of their state. It is
+    kept. The rest (getattr, numpy's scalars and types) is never read.
     """
     def __init__(self, saved=None, *ignored):
         super().__init__()
@@ -457,7 +410,6 @@ def load_edm(path):
     try:
         with open(path, "rb") as file:
             ema = EDMUnpickler(file).load()["ema"]
-
         # The module that ema stands for is EDMPrecond, around a SongUNet that is called model.
         given = ema.model._init_kwargs
         return ema.state_dict(), dict(
@@ -470,18 +422,14 @@ def load_edm(path):
         raise InputError(f"{path}: not a network of EDM or ECT ({error})") from error
 
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
-
 def draw(data, settings, phase, step):
     """What iteration `step` draws, from (seed, phase, step) alone -> a dict of [batch, ...].
-
-    Each process draws the whole batch and takes its share of it. So a run does not depend on the
-    number of processes, and a run that was killed goes on as if it had not been.
+    So a run that was killed goes on as if it had not been.
     """
     device, batch = data.images.device, settings.batch
     entropy = np.random.SeedSequence([settings.seed, int(phase == "tuned"), step])
     seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # of 63 bits
     chance = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
-
     # Images, noise and the seeds of the dropout masks.
     index = torch.randint(len(data.images), (batch,), **chance)
     drawn = {"x": data.images[index],
@@ -491,16 +439,15 @@ def draw(data, settings, phase, step):
         # One in ten is trained without its label, so that the model can be guided (mcm.guided).
         kept = torch.rand(batch, 1, **chance) > 0.1
         drawn["labels"] = F.one_hot(data.labels[index], len(data.class_names)) * kept.float()
-
     # Times: cosine's t, ECT's t, or those of MCM's Algorithm 1 for an N of --steps.
     if phase == "diffusion":
         drawn["t"] = torch.rand(batch, **chance)
-    elif settings.method == "ect":
+    elif "ect" in settings.method:
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **chance)
     else:
         which = torch.randint(len(settings.steps), (batch,), **chance)
-        table = [torch.full((), N, device=device) for N in settings.steps]
-        N = torch.stack(table)[which]           # torch.tensor(list) would wait for a copy
+        # Without non_blocking, the host would wait for the copy.
+        N = torch.tensor(settings.steps).to(device, non_blocking=True)[which]
         T = mcm.teacher_steps(step, *settings.T, anneal=settings.iters / 2)
         t, s, t_step = mcm.draw_times(batch, N, T, **chance)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
@@ -519,10 +466,10 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
         alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
         z_t = alpha * x + sigma * eps
         return mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=1.0)
-    if settings.method == "ect":
+    if "ect" in settings.method:
         # The paper's ECT is a single segment, from 80 down to 0.
         N, edges = 1, None
-        if settings.segmented:
+        if settings.method == "ect-segmented":
             N = settings.steps[0]
             edges = ect.segment_edges(N, x.device)
         D = mcm.conditioned(net, N, labels=labels, seed=seed)
@@ -536,11 +483,10 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
                                 huber_eps=settings.huber_eps)
 
 # ---- The loop ------------------------------------------------------------------------------------
-
 def train(net, teacher, data, settings, phase):
     """Trains `net`, phase "diffusion" or "tuned" (where mcd needs a teacher) -> its average.
 
-    {phase}.pt in the run's folder holds the whole state. The same call goes on from there.
+    {phase}.pt in the run's folder has the whole state. The same call goes on from there.
     """
     path = Path(settings.out, f"{phase}.pt")
     iters, peak_lr = settings.iters, settings.lr
@@ -554,8 +500,9 @@ def train(net, teacher, data, settings, phase):
     # One graph, without recompiling. On a GPU it is recorded and replayed, all in channels last:
     # left to itself the compiler mixes layouts in a U-Net, and a step takes half as long again.
     options = {"triton.cudagraphs": True, "force_layout_optimization": True}
-    loss_of = torch.compile(step_loss, fullgraph=True, options=options,
-                            disable=not settings.compile)
+    loss_of = step_loss
+    if settings.compile:
+        loss_of = torch.compile(step_loss, fullgraph=True, options=options)
 
     # Restore. This copies tensors to the GPU, all but RAdam's counter, which stays on the CPU.
     parts = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
@@ -566,148 +513,107 @@ def train(net, teacher, data, settings, phase):
         for name, part in parts.items():
             if saved[name]:                     # the scaler has a state in fp16 only
                 part.load_state_dict(saved[name])
-    say(f"{phase}: {iters} iterations, {first} of them done")
-
-    # Ctrl-C only asks: the loop saves, then stops. (With torchrun, processes just end.)
-    asked_to_stop = []
-    if WORLD == 1:
-        signal.signal(signal.SIGINT, lambda *ignored: asked_to_stop.append(True))
+    print(f"{phase}: {iters} iterations, {first} of them done")
+    # Ctrl-C only asks: the loop saves, then stops.
+    stop = []
+    signal.signal(signal.SIGINT, lambda *ignored: stop.append(True))
 
     losses, clock = [], time.time()             # since the last line of the log
     for step in range(first, iters):
-        # Draw the batch, and take this process's share of it.
+        # Draw the batch. ECT's stage, 0, 1, ..., is a tensor, because a number would compile again.
         drawn = draw(data, settings, phase, step)
-        share = {name: values.chunk(WORLD)[RANK] for name, values in drawn.items()}
-        stage = ect.stage_at(step, iters, settings.stages)
-        stage = torch.full((), stage, device=DEVICE)        # a number would compile again
+        stage = torch.full((), step * settings.stages // iters, device=DEVICE)
 
-        # Forward and backward. The gradients of all processes are added up.
-        loss = loss_of(net, teacher, settings, phase, stage, **share).mean()
-        scaler.scale(loss / WORLD).backward()
+        # Forward and backward.
+        loss = loss_of(net, teacher, settings, phase, stage, **drawn).mean()
+        scaler.scale(loss).backward()
         losses.append(loss.detach())
-        for p in net.parameters():
-            if WORLD > 1 and p.grad is not None:
-                dist.all_reduce(p.grad)
 
         # Update the weights. In fp16, an iteration that overflows is skipped.
         optimizer.param_groups[0]["lr"] = peak_lr * (1 - step / iters)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-
         # Update their average: the mean of all weights so far, until its decay reaches --ema.
         decay = min(settings.ema, step / (1 + step))
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
         average(list(ema.parameters()), list(net.parameters()), step)
 
-        # Log, with the loss of this process's share. The host waits for the device only here, in
-        # saving and, in fp16, in scaler.step.
+        # Log. Only here, in saving and, in fp16, in scaler.step does the host wait for the device.
         done = step + 1
-        if settings.compile and step == first:
-            losses[0].item()                    # waits for the device
-            say(f"compiled in {time.time() - clock:.0f} s")
-            losses, clock = [], time.time()     # compiling does not count
-        elif done % 100 == 0 or done == iters:
+        if done % 100 == 0 or done == iters:
             loss = torch.stack(losses).mean().item()
             speed = len(losses) * settings.batch / (time.time() - clock)
             left = timedelta(seconds=int((iters - done) * settings.batch / speed))
-            say(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left} left")
+            print(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left} left", flush=True)
             losses, clock = [], time.time()
-
-        # Save the state and some samples.
-        if done % settings.save_every == 0 or done == iters or asked_to_stop:
+        # Save the state.
+        if done % settings.save_every == 0 or done == iters or stop:
             save(path, data, settings, phase, done, parts)
-        if asked_to_stop:
-            say(f"stopped at iteration {done} and saved; the same command goes on")
-            sys.exit(130)
+        if stop:
+            sys.exit(f"stopped at iteration {done} and saved; the same command goes on")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if DEVICE.type == "cuda":
-        say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     return ema
 
-# ---- What the tuning bought ----------------------------------------------------------------------
-
+# ---- Results -------------------------------------------------------------------------------------
 def how_to_sample(settings, phase):
     """-> the sampler of this phase's network, see sample.sample_batch, and its numbers of steps."""
     if phase == "diffusion":
         return "heun", [18]                                             # EDM's
-    if settings.method == "ect" and not settings.segmented:
+    if settings.method == "ect":
         return "renoise", settings.steps
     return "multistep", settings.steps
 
-def labels_of(data, n):
-    """Labels of n real images, to sample with -> [n], or None without --classes."""
-    if data.class_names:
-        rows = fid.shuffled(data.labels)                    # files are sorted by class
-        return data.labels[rows[torch.arange(n) % len(rows)]]
-
 def report(diffusion, tuned, data, settings, extractor):
-    """The diffusion model beside the tuned one: a table, result.json, reference.npz, dial.png.
-
-    The distances are from the whole data set. The floor is the distance of n real images
-    from n others, or that of two halves.
+    """The diffusion model beside the tuned one: a table, result.json and dial.png.
+    The distances are from the whole data set. The floor: see fid.floor_of.
     """
-    # The real images.
-    n = settings.fd_samples
-    real = data.images.cpu()
+    n, real = settings.fd_samples, data.images.cpu()
     statistics = fid.statistics_of(real, extractor)
-    fid.save_statistics(Path(settings.out, "reference.npz"), statistics, extractor.made_by(real))
     floor = fid.floor_of(real, extractor, n)
     metric = fid.metric_name(extractor.name, n)
-    say(f"\n{data.name}: {metric}; floor, real images to real: {floor:.2f}\n"
-        "model      steps  evaluations  distance  images/s")
+    print(f"\n{data.name}: {metric}; floor, real images to real: {floor:.2f}\n"
+        "model         steps  evaluations  distance  images/s")
 
-    # At N steps before and after the tuning, and the diffusion model at its best.
-    table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
+    # At N steps before and after the tuning, then the diffusion model at its best.
     sampler, _ = how_to_sample(settings, "tuned")
+    table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
     table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
     table += [("diffusion", diffusion, "heun", 18, 35)]
+    labels = None                               # or those of n real images
+    if data.class_names:
+        labels = data.labels[fid.shuffled(real)[torch.arange(n) % len(real)]]
     rows, pictures = [], []
     for method, net, sampler, steps, nfe in table:          # nfe: evaluations of the network
         start = time.time()
-        images = sample.generate(net, sampler, steps, n, settings.seed, labels_of(data, n))
+        images = sample.generate(net, sampler, steps, n, settings.seed, labels)
         speed = n / (time.time() - start)
-        distance = fid.distance_of(fid.statistics_of(images, extractor), statistics)
-        say(f"{method:<10} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}")
+        distance = fid.statistics_of(images, extractor).distance(statistics)
+        print(f"{method:<13} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}", flush=True)
         rows.append(dict(method=method, steps=steps, nfe=nfe, metric=metric, distance=distance,
                          floor=floor, features=extractor.name, n=n, images_per_second=speed))
         pictures.append(images[:10])
-    with atomic(Path(settings.out, "result.json")) as part:
-        part.write_text(json.dumps(rows, indent=1))
-    with atomic(Path(settings.out, "dial.png")) as part:
-        sample.save_grid(torch.cat(pictures), part, columns=10)
-    say(f"pictures, a row for each line: {settings.out}/dial.png")
+    Path(settings.out, "result.json").write_text(json.dumps(rows, indent=1))
+    sample.save_grid(torch.cat(pictures), Path(settings.out, "dial.png"), columns=10)
+    print(f"pictures, a row for each line: {settings.out}/dial.png")
 
 # ---- All of it -----------------------------------------------------------------------------------
-
 def main(arguments=None):
     """The command line: read everything, train or load a diffusion model, tune it, report."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    if WORLD > 1:
-        if DEVICE.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=timedelta(hours=2))     # time for a slow download
-
-    # All that a user can get wrong is read here, before any work. Under torchrun one process
-    # downloads and reads, then the others find what it left.
+    # All that a user can get wrong is read here, before any work.
     try:
-        if RANK > 0:
-            dist.barrier()
         settings = read_settings(parser, arguments)
         extractor = fid.Extractor(settings.features, DEVICE)
         data = load_data(settings)
         diffusion = open_run(settings, data)
-        if RANK == 0 and WORLD > 1:
-            dist.barrier()
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-
     # What the GPU computes in.
     torch.backends.cudnn.benchmark = True                   # shapes are always the same
     torch.backends.cudnn.allow_tf32 = settings.precision != "fp32"
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
     UNet.dtype = dtypes.get(settings.precision, torch.float32)
-
     # Train a diffusion model, if none is given.
     if diffusion is None:
         torch.manual_seed(settings.seed)
@@ -717,23 +623,13 @@ def main(arguments=None):
     diffusion.to(DEVICE, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     # Tune a copy. Its embedding of the segment is zero at first and changes nothing.
-    most = max(settings.steps)
-    segments = most * (most + 1) // 2           # rows of mcm.segment's table
+    segments = sum(range(max(settings.steps) + 1))          # rows of mcm.segment's table
     net = UNet(**dict(diffusion.arguments, dropout=settings.dropout, segments=segments))
     net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
     tuned = train(net, diffusion, data, settings, "tuned")
-    if RANK == 0:
-        report(diffusion, tuned, data, settings, extractor)
-    if WORLD > 1:
-        dist.destroy_process_group()
+    report(diffusion, tuned, data, settings, extractor)
 
-# ---- What main needs -----------------------------------------------------------------------------
-
-def say(text):
-    """Prints, in the first process only."""
-    if RANK == 0:
-        print(text, flush=True)
-
+# ---- Checkpoints and the folder of a run ---------------------------------------------------------
 @contextlib.contextmanager
 def atomic(path):
     """`with atomic(path) as part:` write to part, which becomes `path` when it is whole."""
@@ -742,28 +638,19 @@ def atomic(path):
     part.replace(path)
 
 def save(path, data, settings, phase, step, parts):
-    """One file of tensors and plain values: the parts and all that sample.py needs. And samples.
-
+    """One file of tensors and plain values: the parts, and all that sample.py needs.
     If weights are not finite, or fp16 overflows at every loss scale, the run ends instead.
     """
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
         sys.exit(f"error: {phase}, iteration {step}: weights or losses not finite; the last {path} "
                  "is kept, try a smaller --lr or another --precision with another --out")
-    if RANK > 0:
-        return
     sampler, steps = how_to_sample(settings, phase)
     state = {name: part.state_dict() for name, part in parts.items()}
     state.update(arguments=parts["ema"].arguments, phase=phase, step=step, sampler=sampler,
                  steps=steps, class_names=data.class_names, settings=vars(settings))
     with atomic(path) as file:
         torch.save(state, file)
-
-    # What it makes of the same noise each time.
-    grid = sample.generate(parts["ema"], sampler, max(steps), 32, settings.seed,
-                           labels_of(data, 32))
-    with atomic(path.with_name(f"{phase}-{step:06d}.png")) as file:
-        sample.save_grid(grid, file, columns=8)
 
 def load_checkpoint(path):
     """A file of `save` -> its dict, on the CPU."""
@@ -782,34 +669,26 @@ def load_network(state):
 
 def open_run(settings, data):
     """Opens the folder of the run -> the diffusion model of --init, or None: train one.
-
     InputError if the folder holds a run of other settings or data, or the model does not fit.
     """
-    method, steps = settings.method, "-".join(map(str, settings.steps))
-    if settings.segmented:
-        method = "ect-segmented"
-    settings.out = settings.out or f"runs/{data.name}-{method}-{steps}"
+    steps = "-".join(map(str, settings.steps))
+    settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
     settings.data = data.name
 
     # The same command goes on with a run. Another must not mix with it.
-    for phase in ("diffusion", "tuned"):
-        path = Path(settings.out, f"{phase}.pt")
-        if not path.exists():
-            continue
+    for path in Path(settings.out).glob("[!.]*.pt"):        # no .part- that atomic left
         begun = load_checkpoint(path)["settings"]
         for name, now in vars(settings).items():
             if name not in MAY_CHANGE and begun.get(name) != now:
                 raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
                                  f"{begun.get(name)}, not {now}; give another --out, or delete it")
-
     # The diffusion model must fit the data.
     net = None
     if settings.init != "none":
         net = load_init(settings.init)
         its = net.image_shape[-1], net.model.classes
-        wanted = data.images.shape[-1], len(data.class_names)
-        if its != wanted:
-            raise InputError(f"--init: {settings.init} has (side, classes) {its}, not {wanted}")
+        if its != (data.images.shape[-1], len(data.class_names)):
+            raise InputError(f"--init: {settings.init} has other (pixels, classes): {its}")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
     return net
 
@@ -819,8 +698,7 @@ def load_init(init):
         init = Path(__file__).parent / "assets/diffusion.pt"
     elif init == "edm":
         init = fid.download(*EDM)
-        say("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor their offspring")
-
+        print("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor their offspring")
     # One of EDM's (ECT's load, too, but are tuned already), or one of ours.
     if Path(init).suffix == ".pkl":
         weights, arguments = load_edm(init)
@@ -835,7 +713,4 @@ def load_init(init):
     return load_network(state)
 
 if __name__ == "__main__":
-    try:
-        main()
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of memory, lower --batch: {error}")
+    main()
