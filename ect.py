@@ -23,7 +23,7 @@ import mcm
 # constant 1e-4, batch 128, dropout 0.2, c = 0, no flips. Their 2-step FIDs stand at the right.
 #   8,000 iterations      q = 256, one stage                     ema 0.9993   2.73 (one A100 hour)
 #   200,000 iterations    q = 2, 8 stages of 25,000 iterations   ema 0.9999   2.15
-# train_cifar.py --preset cifar10 --method ect is like the first, but the learning rate falls to 0.
+# train_cifar.py --preset cifar10 --method ect is the first, but in fp16, and the rate falls to 0.
 MID_SIGMA = 0.821       # the start of their second step: 80 -> x, then x + 0.821 eps -> x
 
 def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
@@ -33,10 +33,10 @@ def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
 
 def relative_gap(t, stage, q=2, k=8, b=1):
     """(t - r) / t = n(t) / q^(stage + 1), at most 1, in t's shape; n(t) = 1 + k sigmoid(-b t).
-    We start from this, because t - r cancels: for q = 256 in float32 it is 0 at stage 3.
+    r is found from this. As t - r, it would round to 0: for q = 256 in float32, at stage 3.
     """
     n = 1 + k * torch.sigmoid(-b * t)
-    return (n / float(q) ** (stage + 1)).clamp(max=1)   # 256^8 overflows an int64 tensor
+    return (n / float(q) ** (stage + 1)).clamp(max=1)   # float: 256^8 overflows an int64
 
 def t_to_r(t, stage, q=2, k=8, b=1):
     """r = max(0, t (1 - n(t) / q^(stage + 1))), in t's shape and dtype."""
@@ -74,8 +74,8 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     target = mcm.consistency_target(denoise, z_r, z_t, t, r, edge, mcm.edm)
 
     # (4) The two guesses are compared where they land at the edge: x_hat + edge / t (z_t - x_hat).
-    #     There they differ by 1 - edge / t times their difference in x. With edge 0, that is 1. At
-    #     an inner edge this factor cancels the 1 / (t - edge) of (5), which has no finite integral.
+    #     There they differ by (1 - edge / t) times their difference in x; with edge 0, that is 1.
+    #     Just above an inner edge r = edge, and (5)'s 1 / (t - edge) would integrate to infinity.
     difference = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.

@@ -22,14 +22,14 @@ Symbols (B is the number of samples, "..." any shape, such as C, H, W):
     t, s           t, r           t, s   (t, r) [B]             a time, and an earlier one, s < t
     t_step         0              t_step        [B]             lower edge of t's segment, <= s
     student_steps  1              N, steps      int or [B]      segments, and sampling steps
-    T(i)           -              T             [] or [B]       teacher steps in all of [0, 1]
-    T / N          -              n             [] or [B]       the same in each segment, rounded
+    T(i)           -              T             [] or [B]       teacher steps in all of [0, 1], n N
+    T / N          -              n             [] or [B]       teacher steps in one segment, whole
     step           -              step          [B]             which segment, 0 .. N - 1
     n_rel          -              n_rel         [B]             which teacher step in it, 1 .. n
     f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     the x that DDIM jumps with, x_hat
     -              -              D(x, sigma)   -> [B, ...]     EDM's: its x is image + sigma eps
     x_teacher      -              x_teacher     [B, ...]        the x of the DDIM step to s
-    x_var          -              x_var         [B]             variance that this guess lacks
+    x_var          -              x_var         [B]             variance that x_teacher lacks
     x_ref          f(x_r, r)      x_ref         [B, ...]        f's guess at s, without gradient
 Everything is computed per sample, and of the functions only draw_times is random.
 """
@@ -57,7 +57,7 @@ def edm(t):
 
 def alpha_sigma(schedule, t, x):
     """alpha and sigma at t, a number or [B] -> [1 or B, 1, ...], for x [B, ...]."""
-    if not torch.is_tensor(t):          # float32 or better: in bfloat16, 80 would be 62
+    if not torch.is_tensor(t):          # float32 or better: cosine(1) in bfloat16 is 62, not 80
         t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     alpha, sigma = schedule(t)
     return per_sample(alpha, x), per_sample(sigma, x)
@@ -95,13 +95,13 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     eps_hat = (z_t - alpha_t * x) / sigma_t
 
     eps_square = per_sample(mean_per_sample(eps_hat**2).clamp(min=1e-12), z_t)
-    missing = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * per_sample(x_var, z_t)
-    return alpha_s * x + (sigma_s**2 + missing / eps_square).sqrt() * eps_hat
+    z_s_var = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * per_sample(x_var, z_t)
+    return alpha_s * x + (sigma_s**2 + z_s_var / eps_square).sqrt() * eps_hat
 
 # ---- Times, in cosine's [0, 1] -------------------------------------------------------------------
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i) at iteration i: the teacher steps in all of [0, 1], log-linear from start to end.
-    The first steps are long and biased, but what f learns at an edge soon reaches t.
+    Few long steps are biased, but soon carry what f learns at a segment's lower edge up to all t.
     """
     progress = min(max(i / anneal, 0.0), 1.0)
     return start * (end / start) ** progress
@@ -110,7 +110,7 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None,
     """The random times of Algorithm 1 -> t, s, t_step [B], with t_step <= s < t.
     student_steps: N, or int64 [B] where one network serves several N.
     teacher_steps: T(i) > 0. We round it to T = n N, with n >= 1 whole steps in each segment. (In
-        the paper T stays T(i), and where N does not divide it, t can pass the edge.)
+        the paper T stays T(i), which N need not divide.)
     u: [2, B] in [0, 1), in place of torch.rand.
     """
     if u is None:
@@ -164,10 +164,10 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
 @torch.no_grad()
 def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     """The x whose jump from z_t lands where the reference's jump from z_s lands -> [B, ...].
-    Both jumps end at t_step. For s = t_step no jump is left, and the place is z_s. Then the result
-    is the target of a diffusion model, eq. (8): without a teacher, x.
+    Both jumps end at t_step. For s = t_step no jump is left, and the place is z_s. Without a
+    teacher the result is then x, the target of a diffusion model, eq. (8).
     """
-    # Where s = t_step, f_ref's guess is not used. With edm s can be 0 there, and f is undefined.
+    # Where s = t_step, the guess is not used. It is made at t, as f is undefined at s = 0 (ECT's).
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -210,8 +210,8 @@ def conditioned(denoise, steps=None, **condition):
 
 def segment(sigma, steps):
     """Which of the N segments holds the noise level sigma / alpha [B] -> int64 [B].
-    A row of one table: row 0 for N = 1, rows 1 and 2 for N = 2, and so on. That the network is told
-    is ours: the target is discontinuous where two segments meet.
+    A row of one table: row 0 for N = 1, rows 1 and 2 for N = 2, and so on. The paper does not tell
+    the network its segment. We do: the target is discontinuous where two segments meet.
     """
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
     # An edge belongs to the segment below it. The 1e-4 allows for a sigma that was rounded up.
@@ -219,7 +219,7 @@ def segment(sigma, steps):
     return (step + steps * (steps - 1) // 2).long()
 
 def guided(f, f_uncond, weight):
-    """Classifier-free guidance (weight 0: none): a teacher of two guesses, see (2) above."""
+    """Classifier-free guidance (weight 0: none): a teacher for consistency_loss, see its (2)."""
     def teacher(z, t):
         x_cond = f(z, t)
         x_guided = x_cond + weight * (x_cond - f_uncond(z, t))

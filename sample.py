@@ -6,8 +6,8 @@
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
-Noise and images are [B, ...]. Images come out on the scale of [-1, 1], not clipped. The state is
-float64, because float32 errors add up at sigma = 80. Labels are bound to f and D already.
+Noise and images are [B, ...]; images are on the scale of [-1, 1], not clipped. States are float64,
+as float32 errors add up at sigma = 80. f gets the noise's dtype; D gets float64, as EDM's does.
 
     python sample.py --steps 2                               # a model that comes with the code
     python sample.py CHECKPOINT --n 50000 --out samples.npz  # uint8 NHWC in arr_0, for fid.py
@@ -33,19 +33,19 @@ def guess(network, x, t, dtype=torch.float64):
 def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
     """MCM Algorithm 2: z [B, ...] at the first time -> z at the last, which is the image.
     steps: N, for the times 1, (N - 1)/N, ..., 0, or a list of falling times of the schedule.
-    x_var(alpha_t, sigma_t): None for a jump by ddim, or as in `addim`.
+    x_var: None for DDIM, or for aDDIM a function (alpha_t, sigma_t) -> variance per element.
     """
     times = steps
     if isinstance(steps, int):
-        times = [i / steps for i in range(steps, -1, -1)]       # 1, (N - 1)/N, ..., 0
+        times = [i / steps for i in range(steps, -1, -1)]
     state = z.double()
     for t, s in pairwise(times):
         x_hat = guess(f, state, t, z.dtype)
         if x_var is None:
             state = mcm.ddim(x_hat, state, t, s, schedule)
         else:
-            missing = x_var(*mcm.alpha_sigma(schedule, t, state))
-            state = mcm.addim(x_hat, state, t, s, missing, schedule)
+            variance = x_var(*mcm.alpha_sigma(schedule, t, state))
+            state = mcm.addim(x_hat, state, t, s, variance, schedule)
     return state.to(z.dtype)
 
 def paper_x_var(alpha, sigma):
@@ -97,25 +97,23 @@ def sample_batch(net, sampler, steps, noise, labels=None):
         return multistep(mcm.make_f(net, steps=steps, labels=labels), noise[0], steps)
     if sampler == "renoise":
         # ECT gives a level for two steps. For others we take equal distances in cosine's t.
-        later = ect.segment_edges(steps).flip(0).tolist()
-        if steps == 2:
-            later = [ect.MID_SIGMA]
+        later = [ect.MID_SIGMA] if steps == 2 else ect.segment_edges(steps).flip(0).tolist()
         sigmas = [mcm.SIGMA_MAX] + later
         D = mcm.conditioned(net, 1, labels=labels)              # trained as one segment
         return renoise(D, noise[0], sigmas, noise[1:])
     if sampler == "heun":
         return heun(mcm.conditioned(net, labels=labels), noise[0], steps)
-    return multistep(mcm.make_f(net, labels=labels), noise[0], steps)
+    return multistep(mcm.make_f(net, labels=labels), noise[0], steps)       # "ddim"
 
 def generate(net, sampler, steps, n, seed=0, labels=None):
-    """n images -> uint8 [n, C, H, W] on the CPU. labels: int64 [n] or None.
+    """n images of a train_cifar.UNet -> uint8 [n, C, H, W] on the CPU. labels: int64 [n] or None.
     An image's noise depends on (seed, its number) alone.
     """
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1
     shape = (draws, *net.image_shape)
     images = []
-    for numbers in torch.arange(n).split(125):
+    for numbers in torch.arange(n).split(125):      # in batches that fit into memory
         each = [np.random.default_rng([seed, i]).standard_normal(shape, np.float32)
                 for i in numbers.tolist()]
         noise = torch.from_numpy(np.stack(each, axis=1)).to(device)
@@ -139,13 +137,13 @@ def main(arguments=None):
     add = parser.add_argument
     add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
         help="tuned.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
-    add("--steps", type=number(int, 1, 1000), help="default: the most that it is for")
+    add("--steps", type=number(int, 1, 1000), help="default: the most that the model is for")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
     add("--seed", type=number(int, 0, 2**32), default=0)
     args = parser.parse_args(arguments)
 
-    # What is asked for must be what the network was trained for.
+    # "multistep" works only in the numbers of steps that the network was trained for.
     try:
         if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
             raise InputError(f"--out {args.out}: needs a .png or .npz in an existing folder")
@@ -158,7 +156,7 @@ def main(arguments=None):
         parser.error(str(error))
 
     labels = None
-    if names:                           # all in turn
+    if names:                           # the classes in turn
         labels = torch.arange(args.n) % len(names)
     images = generate(load_network(state), sampler, steps, args.n, args.seed, labels)
     with atomic(args.out) as part:
