@@ -1,11 +1,11 @@
 """FID as the published numbers are computed, in one file that works alone.
 
-    python fid.py samples.npz cifar10                         # "FID" from 50,000 samples on
+    python fid.py samples.npz cifar10                         # called FID if n is 50,000 or more
     python fid.py samples train --features random --n 1000    # any images, no download
 
 First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 NHWC) or cifar10
-(its training set). The floor beside a distance is that of n real images from n others.
-(Against all real images, n samples of a perfect model have about half of it.)
+(its training set). The floor beside a distance is that of n real images from n others (or of their
+two halves). Against all real images, n samples of a perfect model have about half of it.
 
 A published FID has four parts: the Inception graph of 2015, TensorFlow 1's resize, n = 50,000 and
 the unbiased covariance. With fewer images it is too large: about 30 at n = 2,000, even between real
@@ -57,7 +57,7 @@ def resize_tf1(images):
 # TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave the padding
 # out (counting it moves features by 2.5). The last block takes the maximum (9.6 for the average).
 class OwnPool:
-    """Before a block of torchvision's: replaces its last output channels, those of the pool."""
+    """Mixed into a block of torchvision's: computes anew its last channels, those of the pool."""
     pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
     def forward(self, x):               # [N, C, H, W] -> [N, C', H, W]
@@ -117,8 +117,10 @@ def random_features(images):
     return torch.cat(features, 1)
 
 class Extractor:
-    """Features: "inception", "random" or a TorchScript file; uint8 [N, 3, H, W] -> [N, d]."""
-    def __init__(self, spec, device="cpu"):
+    """Features: "inception", "random" or a TorchScript file; uint8 [N, 3, H, W] -> [N, d].
+    It is tried on an example, images of that shape, before any work.
+    """
+    def __init__(self, spec, example, device="cpu"):
         self.device, self.name = device, spec
         if spec == "random":
             self.net = random_features
@@ -131,7 +133,11 @@ class Extractor:
                 self.net = torch.jit.load(spec, device).eval()
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"--features {spec}: not found, or no TorchScript") from error
-            self.name = Path(spec).stem
+            self.name = Path(spec).name             # "inception.pt" is not "inception"
+        try:
+            self(example)
+        except (RuntimeError, AttributeError) as error:
+            raise InputError(f"--features {spec}: fails on such images ({error})") from error
 
     def __call__(self, images):
         # TF32, torch's default for convolutions on a GPU, would move the features.
@@ -160,6 +166,7 @@ class Statistics:
         return self.scatter / (self.n - 1)
 
     def distance(self, other):
+        """The Fréchet distance of two Statistics."""
         return frechet_distance(self.mean, self.cov, other.mean, other.cov)
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -220,10 +227,10 @@ def read_images(source):
     elif path.suffix == ".npz":
         try:
             arrays = dict(np.load(path))                            # runs no pickles
-        except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: not a readable .npz, write it anew") from error
         images = arrays.get("arr_0", np.zeros(0))
-        labels = arrays.get("arr_1", np.zeros(len(images)))
+        labels = arrays.get("arr_1", np.zeros(images.shape[:1]))
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
             raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
@@ -287,7 +294,8 @@ def main(arguments=None):
             raise InputError(f"--n {args.n}: needs 2 images or more in {args.a}, 4 in {args.b}")
         if args.features != "inception" and images.shape[2:] != real.shape[2:]:
             raise InputError(f"{args.a} and {args.b} have images of different sizes")
-        extractor = Extractor(args.features, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        extractor = Extractor(args.features, real[torch.arange(2)], device)
         floor = floor_of(real, extractor, len(rows))
         made = statistics_of(images, extractor, rows)
         distance = made.distance(statistics_of(real, extractor))

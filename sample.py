@@ -155,9 +155,7 @@ def main(arguments=None):
     except (InputError, OSError) as error:
         parser.error(str(error))
 
-    labels = None
-    if names:                           # the classes in turn
-        labels = torch.arange(args.n) % len(names)
+    labels = torch.arange(args.n) % len(names) if names else None      # the classes in turn
     images = generate(load_network(state), sampler, steps, args.n, args.seed, labels)
     with atomic(args.out) as part:
         if args.out.suffix == ".png":

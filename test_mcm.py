@@ -855,12 +855,13 @@ def test_distances_of_files(folder, capsys):
     other.save("other.ts")
     np.savez("large.npz", np.zeros((64, 32, 32, 3), np.uint8))
     for line, right, n in [("FOLDER FOLDER", 0, 64), ("few.npz FOLDER --n 50", 1, 50)]:
-        for features in ("random", "other"):
-            file = features.replace("other", "other.ts")
-            fid.main(f"{line} --features {file}".split())
+        for features in ("random", "other.ts"):
+            fid.main(f"{line} --features {features}".split())
             found = re.match(rf"FD\({features}\)@{n} ([\d.]+)", capsys.readouterr().out)
             assert (float(found[1]) > 0.01) == right
     assert "sizes" in refusal("fid", "large.npz FOLDER --features random", capsys)
+    np.savez("small.npz", np.zeros((8, 8, 8, 3), np.uint8))          # random filters do not fit
+    assert "fails on" in refusal("fid", "small.npz small.npz --features random", capsys)
 
 # Bad command lines and, behind >, what their one line must name; else it is their last option.
 BAD = {"train_cifar": """

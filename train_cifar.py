@@ -39,6 +39,7 @@ def number(kind, low, high):
         return kind(text)
     return numeric
 
+# How argparse reads a setting.
 COUNT = dict(type=number(int, 1, 10**9))
 RATIO = dict(type=number(float, 0, 1))
 SIZE = dict(type=number(float, 0, 1e6))
@@ -49,7 +50,7 @@ SWITCH = dict(action=argparse.BooleanOptionalAction)
 # it has fewer of them (T; for ECT, a smaller q^stages). The rest was found by trying.
 SETTINGS = [
     # name, how it is read ({}: as text), preset shapes, preset cifar10, what it is
-    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "other defaults"),
+    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "picks the defaults"),
     ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: all in one network"),
     ("method", dict(choices=("mct", "mcd", "ect", "ect-segmented")), "mct", "mct", "the loss"),
     ("data", {}, "shapes", "cifar10", "shapes, cifar10, a folder or an .npz"),
@@ -66,13 +67,13 @@ SETTINGS = [
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     ("width", dict(type=int, choices=(8, 16, *range(32, 1025, 32))), 32, 128, "channels"),
     ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
-    # MCM. huber_eps 1e-4 is a norm, for long runs; 1 is nearly a squared error. See mcm.v_loss.
-    ("T", dict(type=number(int, 1, 8192), nargs=2), [8, 512], [64, 1280], "teacher steps"),
+    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for long runs; 1: nearly a square error.
+    ("T", dict(type=number(int, 1, 8192), nargs=2), [8, 512], [64, 1280], "first and last T(i)"),
     ("huber_eps", SIZE, 0.02, 1e-4, "mct, mcd: of the pseudo-Huber norm"),
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
     ("stages", COUNT, 3, 1, "ect: stages of the curriculum, of equal length"),
-    ("p_mean", dict(type=float), 1.0, -1.1, "ect: mean of ln t"),
+    ("p_mean", dict(type=number(float, -20, 20)), 1.0, -1.1, "ect: mean of ln t"),
     ("p_std", SIZE, 1.8, 2.0, "ect: standard deviation of ln t"),
     ("c", SIZE, 0.05, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
     # The machine. Gradients of bf16 are too coarse where t - r is small.
@@ -106,11 +107,11 @@ def read_settings(parser, arguments):
     if settings.method == "ect-segmented" and len(settings.steps) > 1:
         raise InputError("--method ect-segmented: needs a single number of --steps")
     if settings.stages * math.log2(settings.q) > 20:
-        raise InputError("--q, --stages: q^stages is above 2^20, and t - r is lost in rounding")
+        raise InputError("--q, --stages: q^stages is above 2^20, too much for float32")
     return settings
 
 def choose_preset(data):
-    """No --data, or cifar10: preset cifar10 on a GPU that can have its files. Else shapes."""
+    """-> "cifar10" for that data or none given, if there are a GPU and its files; or "shapes"."""
     if data in (None, "cifar10"):
         try:
             if DEVICE.type == "cpu":
@@ -144,9 +145,11 @@ def dropout(x, p, seed, layer):
     return x * keep / (1 - p)
 
 def group_norm(channels):
+    """At most 32 groups, with at least 4 channels in each."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 def conv(c_in, c_out, kernel):
+    """Keeps H and W."""
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
 
 class Block(nn.Module):
@@ -285,7 +288,8 @@ class DDPMpp(nn.Module):
 SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
-    Another network here needs the same forward, .arguments, .image_shape and .model.classes.
+    It is the same in train() and eval(). (ECT's authors have sigma - 0.003 in eval()'s c_skip and
+    c_out.) Another network here needs the same forward, .arguments, .image_shape, .model.classes.
     """
     dtype = torch.float32           # that all raw networks compute in
 
@@ -297,7 +301,6 @@ class UNet(nn.Module):
 
     def forward(self, x, sigma, labels=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
-
         labels: one-hot float [B, classes], zeros or None for no label. segment: int64 [B] of
         mcm.segment. seed: int64 [B] in [0, 2^32) of the dropout masks; None: no dropout.
         """
@@ -349,17 +352,15 @@ def load_data(settings):
     images, labels, class_names = shapes() if name == "shapes" else fid.read_images(name)
     images = images[torch.arange(len(images))]      # files are read here
     n, _, height, width = images.shape
-    if height != width or height % 16 or n < 8:
+    if height != width or height % 16 or height == 0 or n < 8:
         raise InputError(f"--data {name}: needs 8 square images or more, of 16, 32, ... pixels")
     if settings.classes and not class_names:
         raise InputError(f"--classes: {name} has no classes, leave it out")
-    if not settings.classes:
-        class_names = []
     if name not in ("shapes", "cifar10"):       # two folders may have one name
         content = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
         name = f"{Path(name).name}-{content.hexdigest()[:6]}"
     return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), name=name,
-                           class_names=class_names)
+                           class_names=class_names if settings.classes else [])
 
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
 # EDM's and ECT's files are pickles: programs that import names and call them. Our unpickler imports
@@ -370,7 +371,6 @@ EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond
 
 class Inert(nn.Module):
     """Stands for an object of any class. Its state_dict() is that of the module it stands for.
-
     EDM's classes arrive as calls of _reconstruct_persistent_obj, with a dict of their state. It is
     kept. The rest (getattr, numpy's scalars and types) is never read.
     """
@@ -418,7 +418,7 @@ def load_edm(path):
             augment_dim=given.get("augment_dim", 0), dropout=given["dropout"],
             resolution=given["img_resolution"])
     except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, RuntimeError,
-            TypeError, ValueError) as error:
+            TypeError, ValueError, MemoryError, OverflowError) as error:
         raise InputError(f"{path}: not a network of EDM or ECT ({error})") from error
 
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
@@ -456,42 +456,37 @@ def draw(data, settings, phase, step):
 def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None, N=None, s=None,
               t_step=None):
     """The loss of one iteration -> [B]. It runs on the device and compiles as one graph.
-
     x: uint8 [B, 3, H, W]. stage: ECT's, a tensor []. The rest: as `draw` drew it.
     """
     x = x.float() / 127.5 - 1
     f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
     if phase == "diffusion":
-        # The limit T = N, where the target is x. Nearly a squared error.
+        # The limit T = N: s is always t_step, and the target is x. Nearly a squared error.
         alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
         z_t = alpha * x + sigma * eps
         return mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=1.0)
     if "ect" in settings.method:
         # The paper's ECT is a single segment, from 80 down to 0.
-        N, edges = 1, None
-        if settings.method == "ect-segmented":
-            N = settings.steps[0]
-            edges = ect.segment_edges(N, x.device)
+        N = settings.steps[0] if settings.method == "ect-segmented" else 1
+        edges = ect.segment_edges(N, x.device) if N > 1 else None
         D = mcm.conditioned(net, N, labels=labels, seed=seed)
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
 
-    # MCM: training, or distillation of the diffusion model.
-    leader = None               # the data itself leads from t to s
-    if settings.method == "mcd":
-        leader = mcm.make_f(teacher, labels=labels)
+    # MCM: training, where the data itself leads from t to s, or distillation of the teacher.
+    leader = mcm.make_f(teacher, labels=labels) if settings.method == "mcd" else None
     return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=leader,
                                 huber_eps=settings.huber_eps)
 
 # ---- The loop ------------------------------------------------------------------------------------
 def train(net, teacher, data, settings, phase):
-    """Trains `net`, phase "diffusion" or "tuned" (where mcd needs a teacher) -> its average.
-
+    """Trains `net` in phase "diffusion" or "tuned" (there, mcd has a teacher) -> its average.
     {phase}.pt in the run's folder has the whole state. The same call goes on from there.
     """
     path = Path(settings.out, f"{phase}.pt")
     iters, peak_lr = settings.iters, settings.lr
     if phase == "diffusion":
         iters, peak_lr = settings.pretrain_iters, settings.pretrain_lr
+    # The network, the average of its weights, and how they are updated.
     net.to(DEVICE, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.RAdam(net.parameters(), foreach=True)
@@ -499,10 +494,10 @@ def train(net, teacher, data, settings, phase):
 
     # One graph, without recompiling. On a GPU it is recorded and replayed, all in channels last:
     # left to itself the compiler mixes layouts in a U-Net, and a step takes half as long again.
-    options = {"triton.cudagraphs": True, "force_layout_optimization": True}
     loss_of = step_loss
     if settings.compile:
-        loss_of = torch.compile(step_loss, fullgraph=True, options=options)
+        loss_of = torch.compile(step_loss, fullgraph=True, options={
+            "triton.cudagraphs": True, "force_layout_optimization": True})
 
     # Restore. This copies tensors to the GPU, all but RAdam's counter, which stays on the CPU.
     parts = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
@@ -580,9 +575,10 @@ def report(diffusion, tuned, data, settings, extractor):
     table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
     table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
     table += [("diffusion", diffusion, "heun", 18, 35)]
-    labels = None                               # or those of n real images
+    labels = None                               # or those of n real images, in random order
     if data.class_names:
         labels = data.labels[fid.shuffled(real)[torch.arange(n) % len(real)]]
+    # A row of the table and a row of the picture for each.
     rows, pictures = [], []
     for method, net, sampler, steps, nfe in table:          # nfe: evaluations of the network
         start = time.time()
@@ -604,12 +600,12 @@ def main(arguments=None):
     # All that a user can get wrong is read here, before any work.
     try:
         settings = read_settings(parser, arguments)
-        extractor = fid.Extractor(settings.features, DEVICE)
         data = load_data(settings)
+        extractor = fid.Extractor(settings.features, data.images[:2], DEVICE)
         diffusion = open_run(settings, data)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
         parser.error(" ".join(str(error).split()))
-    # What the GPU computes in.
+    # What the network computes in. TF32 is for convolutions on a GPU.
     torch.backends.cudnn.benchmark = True                   # shapes are always the same
     torch.backends.cudnn.allow_tf32 = settings.precision != "fp32"
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -643,8 +639,8 @@ def save(path, data, settings, phase, step, parts):
     """
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
-        sys.exit(f"error: {phase}, iteration {step}: weights or losses not finite; the last {path} "
-                 "is kept, try a smaller --lr or another --precision with another --out")
+        sys.exit(f"error: {phase}, iteration {step}: weights or losses not finite; an older {path} "
+                 "is kept, try another --precision, or a smaller --lr with another --out")
     sampler, steps = how_to_sample(settings, phase)
     state = {name: part.state_dict() for name, part in parts.items()}
     state.update(arguments=parts["ema"].arguments, phase=phase, step=step, sampler=sampler,
@@ -657,8 +653,8 @@ def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["sampler"]                        # a KeyError, if it is another's
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged, or no checkpoint of this version") from error
+    except (pickle.PickleError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as why:
+        raise InputError(f"{path}: damaged, or no checkpoint of this version") from why
     return state
 
 def load_network(state):
@@ -693,7 +689,7 @@ def open_run(settings, data):
     return net
 
 def load_init(init):
-    """--init, but for "none" -> a diffusion model."""
+    """A value of --init other than "none" -> a diffusion model."""
     if init == "shapes":
         init = Path(__file__).parent / "assets/diffusion.pt"
     elif init == "edm":
