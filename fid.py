@@ -4,12 +4,12 @@
     python fid.py samples train --features random --n 1000    # any images, no download
 
 First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 NHWC) or cifar10
-(its training set). The floor beside a distance is that of n real images from n others (or of their
-two halves). Against all real images, n samples of a perfect model have about half of it.
+(its training set). The floor is the distance of n real images from n others, or, if there are too
+few, between two halves. n samples of a perfect model have 1/2 to 3/4 of it, against all real ones.
 
 A published FID has four parts: the Inception graph of 2015, TensorFlow 1's resize, n = 50,000 and
 the unbiased covariance. With fewer images it is too large: about 30 at n = 2,000, even between real
-images. "Moves features by", below, is the largest change on two images. Features reach 39.
+images. "Moves features by", below, is the largest change in any feature (they reach 39).
 """
 import argparse, hashlib, sys, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ def download(url, sha256):
 # ---- Inception -----------------------------------------------------------------------------------
 def resize_tf1(images):
     """[N, C, H, W] in 0..255 -> float32 [N, C, 299, 299], as TensorFlow 1 resizes.
-    It reads at i * size / 299, without half a pixel of offset (0.8 in the features). With one more
+    It reads at i * size / 299 (half a pixel of offset moves features by 0.8). With one more
     pixel at the right and the bottom, and 300 instead of 299, align_corners reads at
     i * (size + 1 - 1) / (300 - 1), the same. In float64, because float32 rounds these positions.
     """
@@ -55,7 +55,7 @@ def resize_tf1(images):
     return larger[:, :, :299, :299].float()
 
 # TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave the padding
-# out (counting it moves features by 2.5). The last block takes the maximum (9.6 for the average).
+# out (counting it moves features by 2.5). The last block has a maximum (an average: by 9.6).
 class OwnPool:
     """Mixed into a block of torchvision's: computes anew its last channels, those of the pool."""
     pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
@@ -133,10 +133,10 @@ class Extractor:
                 self.net = torch.jit.load(spec, device).eval()
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"--features {spec}: not found, or no TorchScript") from error
-            self.name = Path(spec).name             # "inception.pt" is not "inception"
+            self.name = spec            # a path, such as "./inception", and never "inception"
         try:
             self(example)
-        except (RuntimeError, AttributeError) as error:
+        except (RuntimeError, AttributeError, IndexError) as error:
             raise InputError(f"--features {spec}: fails on such images ({error})") from error
 
     def __call__(self, images):

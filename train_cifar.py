@@ -69,15 +69,15 @@ SETTINGS = [
     ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
     # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for long runs; 1: nearly a square error.
     ("T", dict(type=number(int, 1, 8192), nargs=2), [8, 512], [64, 1280], "first and last T(i)"),
-    ("huber_eps", SIZE, 0.02, 1e-4, "mct, mcd: of the pseudo-Huber norm"),
+    ("huber_eps", SIZE, 0.02, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)"),
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
-    ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: of the mapping t -> r"),
+    ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: each stage divides t - r by it"),
     ("stages", COUNT, 3, 1, "ect: stages of the curriculum, of equal length"),
     ("p_mean", dict(type=number(float, -20, 20)), 1.0, -1.1, "ect: mean of ln t"),
     ("p_std", SIZE, 1.8, 2.0, "ect: standard deviation of ln t"),
-    ("c", SIZE, 0.05, 0.0, "ect: of the pseudo-Huber norm, which sums over an image"),
+    ("c", SIZE, 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image"),
     # The machine. Gradients of bf16 are too coarse where t - r is small.
-    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "network"),
+    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "of the network"),
     ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
     ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
     ("seed", dict(type=number(int, 0, 2**32)), 0, 0, "of all that is random"),
@@ -111,7 +111,7 @@ def read_settings(parser, arguments):
     return settings
 
 def choose_preset(data):
-    """-> "cifar10" for that data or none given, if there are a GPU and its files; or "shapes"."""
+    """-> "cifar10", if `data` is that or None and a GPU and the files are there; else "shapes"."""
     if data in (None, "cifar10"):
         try:
             if DEVICE.type == "cpu":
@@ -234,7 +234,7 @@ class DDPMpp(nn.Module):
                 self.enc[f"{side}x{side}_block{j}"] = block(c_in, c, side in attention)
                 skips.append(c)
 
-        # Decoder: blocks + 1 residual blocks at each level. Each takes up an encoder's output.
+        # Decoder: two blocks, then blocks + 1 at each level, which each take an encoder's output.
         self.dec[f"{side}x{side}_in0"] = block(c, c, attention=True)
         self.dec[f"{side}x{side}_in1"] = block(c, c)
         for level, multiple in reversed(list(enumerate(mult))):
@@ -424,7 +424,7 @@ def load_edm(path):
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
 def draw(data, settings, phase, step):
     """What iteration `step` draws, from (seed, phase, step) alone -> a dict of [batch, ...].
-    So a run that was killed goes on as if it had not been.
+    So a run that was killed goes on with the very batches that it would have drawn.
     """
     device, batch = data.images.device, settings.batch
     entropy = np.random.SeedSequence([settings.seed, int(phase == "tuned"), step])
@@ -461,7 +461,7 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
     x = x.float() / 127.5 - 1
     f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
     if phase == "diffusion":
-        # The limit T = N: s is always t_step, and the target is x. Nearly a squared error.
+        # As MCT where s = t_step: the target is x. With huber_eps 1, nearly a squared error.
         alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
         z_t = alpha * x + sigma * eps
         return mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=1.0)
@@ -479,7 +479,7 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
 
 # ---- The loop ------------------------------------------------------------------------------------
 def train(net, teacher, data, settings, phase):
-    """Trains `net` in phase "diffusion" or "tuned" (there, mcd has a teacher) -> its average.
+    """Trains `net` in phase "diffusion" or "tuned" (teacher: for mcd alone) -> its average.
     {phase}.pt in the run's folder has the whole state. The same call goes on from there.
     """
     path = Path(settings.out, f"{phase}.pt")
@@ -493,7 +493,7 @@ def train(net, teacher, data, settings, phase):
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
 
     # One graph, without recompiling. On a GPU it is recorded and replayed, all in channels last:
-    # left to itself the compiler mixes layouts in a U-Net, and a step takes half as long again.
+    # left to itself the compiler mixes layouts in a U-Net, and a step takes 1.5 times as long.
     loss_of = step_loss
     if settings.compile:
         loss_of = torch.compile(step_loss, fullgraph=True, options={
@@ -545,8 +545,8 @@ def train(net, teacher, data, settings, phase):
         # Save the state.
         if done % settings.save_every == 0 or done == iters or stop:
             save(path, data, settings, phase, done, parts)
-        if stop:
-            sys.exit(f"stopped at iteration {done} and saved; the same command goes on")
+            if stop:
+                sys.exit(f"stopped at iteration {done} and saved; the same command goes on")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return ema
 
@@ -570,7 +570,7 @@ def report(diffusion, tuned, data, settings, extractor):
     print(f"\n{data.name}: {metric}; floor, real images to real: {floor:.2f}\n"
         "model         steps  evaluations  distance  images/s")
 
-    # At N steps before and after the tuning, then the diffusion model at its best.
+    # Method, network, sampler, steps, evaluations: at N steps before and after, then at its best.
     sampler, _ = how_to_sample(settings, "tuned")
     table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
     table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
@@ -639,7 +639,7 @@ def save(path, data, settings, phase, step, parts):
     """
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
-        sys.exit(f"error: {phase}, iteration {step}: weights or losses not finite; an older {path} "
+        sys.exit(f"error: {phase}, iteration {step}: weights or losses not finite; {path}, if any, "
                  "is kept, try another --precision, or a smaller --lr with another --out")
     sampler, steps = how_to_sample(settings, phase)
     state = {name: part.state_dict() for name, part in parts.items()}
@@ -694,7 +694,7 @@ def load_init(init):
         init = Path(__file__).parent / "assets/diffusion.pt"
     elif init == "edm":
         init = fid.download(*EDM)
-        print("EDM's weights are CC BY-NC-SA 4.0: not for commercial use, nor their offspring")
+        print("EDM's weights are CC BY-NC-SA 4.0: no commercial use, nor of models made from them")
     # One of EDM's (ECT's load, too, but are tuned already), or one of ours.
     if Path(init).suffix == ".pkl":
         weights, arguments = load_edm(init)
