@@ -413,7 +413,8 @@ class Iterations:
 
 def test_the_loss_is_what_the_settings_say():
     for phase, options in [("diffusion", "--classes"), ("tuned", "--method mcd --classes --steps 2 "
-                           "--huber-eps 0.3"), ("tuned", "--method ect --q 3 --c 7")]:
+                           "--huber-eps 0.3"), ("tuned", "--method ect --q 3 --c 7"),
+                           ("tuned", "--method ect-segmented --q 3 --c 7 --steps 3")]:
         its = Iterations(phase, options)
         drawn = {**its.draw(0), "seed": None}               # without dropout
         x, eps, t, labels = drawn["x"] / 127.5 - 1, drawn["eps"], drawn["t"], drawn.get("labels")
@@ -422,6 +423,9 @@ def test_the_loss_is_what_the_settings_say():
             right = mcm.consistency_loss(f, x, eps, t, 0 * t, 0 * t, huber_eps=1.0)
         elif its.settings.method == "ect":
             right = ect.ect_loss(mcm.conditioned(its.net, 1), x, eps, t, 2, q=3, c=7)
+        elif its.settings.method == "ect-segmented":
+            right = ect.ect_loss(mcm.conditioned(its.net, 3), x, eps, t, 2, q=3, c=7,
+                                 edges=ect.segment_edges(3))
         else:
             right = mcm.consistency_loss(f, x, eps, t, drawn["s"], drawn["t_step"], huber_eps=0.3,
                                          teacher=mcm.make_f(its.teacher, labels=labels))
