@@ -33,7 +33,7 @@ def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
 
 def relative_gap(t, stage, q=2, k=8, b=1):
     """(t - r) / t = n(t) / q^(stage + 1), at most 1, in t's shape; n(t) = 1 + k sigmoid(-b t).
-    r is found from this. As t - r, it would round to 0: for q = 256 in float32, at stage 3.
+    For q = 256 at stage 3, r rounds to t in float32. So ect_loss takes t - r from this, as t * gap.
     """
     n = 1 + k * torch.sigmoid(-b * t)
     return (n / float(q) ** (stage + 1)).clamp(max=1)   # float: 256^8 overflows an int64
@@ -74,8 +74,8 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     target = mcm.consistency_target(denoise, z_r, z_t, t, r, edge, mcm.edm)
 
     # (4) The two guesses are compared where they land at the edge: x_hat + edge / t (z_t - x_hat).
-    #     There they differ by (1 - edge / t) times their difference in x; with edge 0, that is 1.
-    #     Just above an inner edge r = edge, and (5)'s 1 / (t - edge) would integrate to infinity.
+    #     There they differ by (1 - edge / t) times their difference in x: a factor of 1 at edge 0.
+    #     Without this factor, (5)'s 1 / (t - edge) just above an edge would integrate to infinity.
     difference = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.

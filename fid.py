@@ -5,7 +5,7 @@
 
 First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 NHWC) or cifar10
 (its training set). The floor is the distance of n real images from n others, or, if there are too
-few, between two halves. n samples of a perfect model have 1/2 to 3/4 of it, against all real ones.
+few, between two halves. n samples of a perfect model have 1/4 to 3/4 of it, against all real ones.
 
 A published FID has four parts: the Inception graph of 2015, TensorFlow 1's resize, n = 50,000 and
 the unbiased covariance. With fewer images it is too large: about 30 at n = 2,000, even between real
@@ -133,7 +133,7 @@ class Extractor:
                 self.net = torch.jit.load(spec, device).eval()
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"--features {spec}: not found, or no TorchScript") from error
-            self.name = spec            # a path, such as "./inception", and never "inception"
+            # So no file is named "inception" here (only "./inception"), and none is called FID.
         try:
             self(example)
         except (RuntimeError, AttributeError, IndexError) as error:

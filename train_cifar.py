@@ -570,7 +570,7 @@ def report(diffusion, tuned, data, settings, extractor):
     print(f"\n{data.name}: {metric}; floor, real images to real: {floor:.2f}\n"
         "model         steps  evaluations  distance  images/s")
 
-    # Method, network, sampler, steps, evaluations: at N steps before and after, then at its best.
+    # Method, network, sampler, steps, evaluations: N steps before and after tuning, then EDM's 18.
     sampler, _ = how_to_sample(settings, "tuned")
     table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
     table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
