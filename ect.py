@@ -80,5 +80,6 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.
     square = (difference**2).reshape(len(x), -1).sum(1)
-    t_minus_r = torch.minimum(t * relative_gap(t, stage, q, k, b), t - edge)
+    gap = relative_gap(t, stage, q, k, b)
+    t_minus_r = torch.minimum(t * gap, t - edge)
     return mcm.pseudo_huber(square, c) / t_minus_r

@@ -16,7 +16,6 @@ tuned to few steps (phase "tuned"). One iteration of `train`:
     log, save       every 100 and every --save-every iterations: a line, a checkpoint
 """
 import argparse, contextlib, copy, hashlib, io, json, math, pickle, signal, sys, time
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -539,8 +538,8 @@ def train(net, teacher, data, settings, phase):
         if done % 100 == 0 or done == iters:
             loss = torch.stack(losses).mean().item()
             speed = len(losses) * settings.batch / (time.time() - clock)
-            left = timedelta(seconds=int((iters - done) * settings.batch / speed))
-            print(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left} left", flush=True)
+            left = f"{(iters - done) * settings.batch / speed / 60:.1f} min left"
+            print(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left}", flush=True)
             losses, clock = [], time.time()
         # Save the state.
         if done % settings.save_every == 0 or done == iters or stop:
