@@ -493,10 +493,8 @@ def train(net, teacher, data, settings, phase):
 
     # One graph, without recompiling. On a GPU it is recorded and replayed, all in channels last:
     # left to itself the compiler mixes layouts in a U-Net, and a step takes 1.5 times as long.
-    loss_of = step_loss
-    if settings.compile:
-        loss_of = torch.compile(step_loss, fullgraph=True, options={
-            "triton.cudagraphs": True, "force_layout_optimization": True})
+    loss_of = torch.compile(step_loss, fullgraph=True, disable=not settings.compile, options={
+        "triton.cudagraphs": True, "force_layout_optimization": True})
 
     # Restore. This copies tensors to the GPU, all but RAdam's counter, which stays on the CPU.
     parts = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
@@ -528,6 +526,7 @@ def train(net, teacher, data, settings, phase):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+
         # Update their average: the mean of all weights so far, until its decay reaches --ema.
         decay = min(settings.ema, step / (1 + step))
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
@@ -541,6 +540,7 @@ def train(net, teacher, data, settings, phase):
             left = f"{(iters - done) * settings.batch / speed / 60:.1f} min left"
             print(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left}", flush=True)
             losses, clock = [], time.time()
+
         # Save the state.
         if done % settings.save_every == 0 or done == iters or stop:
             save(path, data, settings, phase, done, parts)
