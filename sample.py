@@ -6,8 +6,8 @@
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
-Noise and images are [B, ...]; images are on the scale of [-1, 1], not clipped. States are float64,
-as float32 errors add up at sigma = 80. f gets the noise's dtype; D gets float64, as EDM's does.
+Noise and images are [B, ...]. Images are on the scale of [-1, 1], not clipped. States are float64,
+as float32 errors add up at sigma = 80. f gets the noise's dtype, and D float64, as EDM's does.
 
     python sample.py --steps 2                               # a model that comes with the code
     python sample.py CHECKPOINT --n 50000 --out samples.npz  # uint8 NHWC in arr_0, for fid.py

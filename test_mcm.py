@@ -355,7 +355,8 @@ def test_unet_is_edms(kind, classes):
     x, sigma, labels = io["x"], io["sigma"], io.get("class_labels")
     raw = net.model(x * per_sample((sigma**2 + 0.25).rsqrt(), x), sigma.log() / 4, labels)
     assert allclose(raw, io["F"], atol=3e-5)
-    asked = dict(D=(sigma, labels), D_scalar_sigma=(torch.tensor(1.5), labels), D_no_labels=(sigma,))
+    scalar = torch.tensor(1.5)
+    asked = dict(D=(sigma, labels), D_scalar_sigma=(scalar, labels), D_no_labels=(sigma,))
     for name in asked.keys() & io.keys():
         x_hat = net(x, *asked[name], segment=torch.tensor([1]))     # at first a zero embedding
         assert allclose(x_hat, io[name], atol=5e-5), name

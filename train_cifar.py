@@ -301,7 +301,7 @@ class UNet(nn.Module):
     def forward(self, x, sigma, labels=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
         labels: one-hot float [B, classes], zeros or None for no label. segment: int64 [B] of
-        mcm.segment. seed: int64 [B] in [0, 2^32) of the dropout masks; None: no dropout.
+        mcm.segment. seed: int64 [B] in [0, 2^32) of the dropout masks, or None: no dropout.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
@@ -441,7 +441,7 @@ def draw(data, settings, phase, step):
     # Times: cosine's t, ECT's t, or those of MCM's Algorithm 1 for an N of --steps.
     if phase == "diffusion":
         drawn["t"] = torch.rand(batch, **chance)
-    elif "ect" in settings.method:
+    elif settings.method in ("ect", "ect-segmented"):
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **chance)
     else:
         which = torch.randint(len(settings.steps), (batch,), **chance)
@@ -464,7 +464,7 @@ def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None
         alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
         z_t = alpha * x + sigma * eps
         return mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=1.0)
-    if "ect" in settings.method:
+    if settings.method in ("ect", "ect-segmented"):
         # The paper's ECT is a single segment, from 80 down to 0.
         N = settings.steps[0] if settings.method == "ect-segmented" else 1
         edges = ect.segment_edges(N, x.device) if N > 1 else None
@@ -486,8 +486,8 @@ def train(net, teacher, data, settings, phase):
     if phase == "diffusion":
         iters, peak_lr = settings.pretrain_iters, settings.pretrain_lr
     # The network, the average of its weights, and how they are updated.
-    net.to(DEVICE, memory_format=torch.channels_last).train()
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    net.to(DEVICE, memory_format=torch.channels_last)
+    ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.RAdam(net.parameters(), foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
 
@@ -615,7 +615,7 @@ def main(arguments=None):
         net = UNet(settings.width, **NETS[settings.preset], dropout=settings.dropout,
                    classes=len(data.class_names), resolution=data.images.shape[-1])
         diffusion = train(net, None, data, settings, "diffusion")
-    diffusion.to(DEVICE, memory_format=torch.channels_last).eval().requires_grad_(False)
+    diffusion.to(DEVICE, memory_format=torch.channels_last).requires_grad_(False)
 
     # Tune a copy. Its embedding of the segment is zero at first and changes nothing.
     segments = sum(range(max(settings.steps) + 1))          # rows of mcm.segment's table
@@ -657,10 +657,10 @@ def load_checkpoint(path):
     return state
 
 def load_network(state):
-    """A dict of load_checkpoint -> its averaged network, in eval mode."""
+    """A dict of load_checkpoint -> its averaged network."""
     net = UNet(**state["arguments"])
     net.load_state_dict(state["ema"])
-    return net.to(DEVICE).eval()
+    return net.to(DEVICE)
 
 def open_run(settings, data):
     """Opens the folder of the run -> the diffusion model of --init, or None: train one.
