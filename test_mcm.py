@@ -668,11 +668,13 @@ def folder(tmp_path, monkeypatch):
     images = train_cifar.shapes(64, 16)[0].permute(0, 2, 3, 1).numpy()
     np.savez("few.npz", images, 16 * ["cat", "dog", "dog", "dog"])
     useless = dict(zero=images, one=images[:1], pair=images[:2], odd=images[:, 1:, 1:],
-                   float=images / 255, object=np.array([{}], dtype=object))
+                   float=images / 255, object=np.array([{}], dtype=object), scalar=np.uint8(1),
+                   hollow=images[:, :0, :0])
     for name, data in useless.items():
         np.savez(f"{name}.npz", data)
     Path("empty").mkdir()
     Path("text").mkdir()
+    torch.save(torch.zeros(2), "tensor.pt")
     for name in ("text/a.png", "text.npz", "text.pkl", "text.pt"):
         Path(name).write_text("nothing of the kind")
     for i in range(64):
@@ -880,7 +882,8 @@ BAD = {"train_cifar": """
 --features text.npz > text.npz, --features nowhere > nowhere, --data zero.npz --classes
 --data nowhere > nowhere, --data empty > empty, --data text > a.png, --data text.npz > text.npz
 --data mixed > larger, --data odd.npz > odd.npz, --data pair.npz > pair.npz
---data float.npz > float, --data object.npz > object.npz
+--data float.npz > float, --data object.npz > object.npz, --data hollow.npz > hollow
+--data scalar.npz > scalar, --init tensor.pt > tensor.pt, --p-mean nan
 --data cifar10 > cifar, --features inception > inception""",
        "sample": """
 nowhere.pt > nowhere.pt, text.npz > text.npz, text.pt > text.pt, text.pt --steps 0, text.pt --n 0
