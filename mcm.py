@@ -1,17 +1,19 @@
 """Multistep Consistency Models (Heek, Hoogeboom, Salimans, arXiv 2403.06807) in one file.
 
-A diffusion model guesses the average clean image, so its sampler must take many small steps. A
-consistency model guesses where that sampler would end: one step is enough, but hard to learn.
-Between the two lies a dial: cut time into N segments, and guess only where the sampler would leave
-the current segment. N = 1 is a consistency model, N = infinity a diffusion model. (f returns the x
-with which a DDIM jump from z_t lands there. For N > 1 it need not be an image.)
+A diffusion model's f guesses the clean image in a noisy one: an average of all that it could be.
+So its sampler, DDIM, takes many small steps, each with a new guess. A consistency model's f
+returns the x with which a single DDIM jump lands where all those steps would end. That is hard to
+learn. Between the two lies a dial: cut time into N segments, and let f jump to the lower edge of
+its own segment. N = 1 is a consistency model, N = infinity a diffusion model.
 
     t = 0               1/2             1
         |---+---+---+---|---+---+---+---|       N = 2 segments, n = 4 teacher steps in each, T = 8
     image            t_step     s   t   noise
                                 <---            one teacher step (DDIM or aDDIM) from z_t to z_s
-                        <-------                the jump of f itself from z_s, the reference
-                        <-----------            the jump from z_t that f learns, to the same place
+                        <-------                the jump with f's x at s, the reference
+                        <-----------            the jump with f's x at t, which must land there too
+
+In the drawing step = 1, the upper segment, and n_rel = 3: t = 7/8, s = 6/8, t_step = 4/8.
 
 Symbols (B is the number of samples, "..." any shape, such as C, H, W):
     MCM's paper    ECT's paper    here          shape           what it is
@@ -26,12 +28,12 @@ Symbols (B is the number of samples, "..." any shape, such as C, H, W):
     T / N          -              n             [] or [B]       teacher steps in one segment, whole
     step           -              step          [B]             which segment, 0 .. N - 1
     n_rel          -              n_rel         [B]             which teacher step in it, 1 .. n
-    f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     the x that DDIM jumps with, x_hat
+    f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     x_hat, the x that DDIM jumps with
     -              -              D(x, sigma)   -> [B, ...]     EDM's: its x is image + sigma eps
     x_teacher      -              x_teacher     [B, ...]        the x of the DDIM step to s
     x_var          -              x_var         [B]             variance that x_teacher lacks
     x_ref          f(x_r, r)      x_ref         [B, ...]        f's guess at s, without gradient
-Everything is computed per sample, and of the functions only draw_times is random.
+All is computed sample by sample. Only draw_times is random.
 """
 import math
 
@@ -69,7 +71,7 @@ def per_sample(value, x):
 
 def mean_per_sample(x):
     """[B, ...] -> [B]."""
-    return x.reshape(len(x), -1).mean(1)
+    return x.unsqueeze(-1).flatten(1).mean(1)       # also for x [B], and for B = 0
 
 # ---- Steps: x, z_t, z_s [B, ...]; t, s a number or [B], s < t ------------------------------------
 def ddim(x, z_t, t, s, schedule=cosine):
@@ -101,7 +103,8 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
 # ---- Times, in cosine's [0, 1] -------------------------------------------------------------------
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i) at iteration i: the teacher steps in all of [0, 1], log-linear from start to end.
-    Few long steps are biased, but soon carry what f learns at a segment's lower edge up to all t.
+    f learns upward from a segment's lower edge: it is right at t once it is right at s. With few
+    steps this is fast but inexact, because a teacher step is straight. So T starts small and grows.
     """
     progress = min(max(i / anneal, 0.0), 1.0)
     return start * (end / start) ** progress
@@ -109,14 +112,14 @@ def teacher_steps(i, start=64, end=1280, anneal=100_000):
 def draw_times(batch, student_steps, teacher_steps, generator=None, device=None, u=None):
     """The random times of Algorithm 1 -> t, s, t_step [B], with t_step <= s < t.
     student_steps: N, or int64 [B] where one network serves several N.
-    teacher_steps: T(i) > 0. We round it to T = n N, with n >= 1 whole steps in each segment. (In
-        the paper T stays T(i), which N need not divide.)
+    teacher_steps: T(i) > 0, a number. We round it to T = n N, with n >= 1 whole steps in each
+        segment. (In the paper T stays T(i), which N need not divide.)
     u: [2, B] in [0, 1), in place of torch.rand.
     """
     if u is None:
-        u = torch.rand(2, batch, generator=generator, device=device)
-    N = student_steps
-    n = torch.as_tensor(teacher_steps / N).round().clamp(min=1)
+        u = torch.rand(2, batch, generator=generator, device=device, dtype=torch.float32)
+    N = torch.as_tensor(student_steps, device=u.device)
+    n = (teacher_steps / N.float()).round().clamp(min=1)
     T = n * N
     step = (u[0] * N).floor()                       # uniform in 0 .. N - 1
     n_rel = (u[1] * n).floor() + 1                  # uniform in 1 .. n
@@ -131,19 +134,19 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None,
 def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_ref=None,
                      x_var_frac=0.75, huber_eps=1e-4):
     """Algorithm 1 for data x [B, ...], noise eps [B, ...] and times [B] of draw_times -> [B].
-    teacher None    consistency training (MCT): the data itself leads from t to s.
-    teacher(z, t)   distillation (MCD): the teacher's guess leads. See also `guided`.
+    teacher None    consistency training (MCT): the step to s is made with the data itself.
+    teacher(z, t)   distillation (MCD): it is made with the teacher's x. See also `guided`.
     f_ref           the reference. None: f itself. TRACT (2303.04248): an average of f.
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
-    f is called at s without gradient, then at t with. Dropout in f should have one mask for both.
+    f is called at s without gradient, then at t with. Dropout should have one mask for both calls.
     draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at each.
     """
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
     z_t = alpha_t * x + sigma_t * eps
     with torch.no_grad():
-        # (2) Who leads from t to s? A guided teacher makes two guesses: we step along the guided
-        #     one, and take the variance from the other.
+        # (2) The x of the teacher step. A guided teacher has two: we step along the guided one, and
+        #     take the variance from the other.
         x_teacher = x if teacher is None else teacher(z_t, t)
         x_unguided = x_teacher
         if isinstance(x_teacher, tuple):
@@ -154,11 +157,11 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
         x_var = x_var_frac * mean_per_sample((x_unguided - x) ** 2)
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
 
-        # (4) The reference's guess at s, turned into a target for the guess at t.
+        # (4) The reference's x at s, turned into a target for the x at t.
         reference = f if f_ref is None else f_ref
         target = consistency_target(reference, z_s, z_t, t, s, t_step, schedule)
 
-    # (5) The guess at t, and its distance from the target.
+    # (5) The x at t, and its distance from the target.
     return v_loss(f(z_t, t), target, z_t, t, schedule, huber_eps)
 
 @torch.no_grad()
@@ -167,7 +170,8 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     Both jumps end at t_step. For s = t_step no jump is left, and the place is z_s. Without a
     teacher the result is then x, the target of a diffusion model, eq. (8).
     """
-    # Where s = t_step, the guess is not used. It is made at t, as f is undefined at s = 0 (ECT's).
+    # Where no jump is left, x_ref is not used. It is computed at t there, because s may be 0, where
+    # f is undefined: a network takes the logarithm of the noise level.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -192,7 +196,8 @@ def pseudo_huber(square, c):
 # A network is a denoiser D(x, sigma [B]) -> x_hat [B, ...]. Its x is noisy: image + sigma eps.
 def make_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) -> x_hat from a denoiser: f(z, t) = D(z / alpha, sigma / alpha).
-    steps (N, or int64 [B]) and condition: see `conditioned`.
+    steps (N, or int64 [B]) and condition: see `conditioned`. D gets z's dtype, and sigma in float32
+    or better: a network in half precision casts its input itself.
     """
     D = conditioned(denoise, steps, **condition)
     def f(z, t):
@@ -205,18 +210,23 @@ def conditioned(denoise, steps=None, **condition):
     def D(x, sigma):
         if steps is None:
             return denoise(x, sigma, **condition)
-        return denoise(x, sigma, segment=segment(sigma, steps), **condition)
+        return denoise(x, sigma, segment=segment_row(sigma, steps), **condition)
     return D
 
-def segment(sigma, steps):
-    """Which of the N segments holds the noise level sigma / alpha [B] -> int64 [B].
-    A row of one table: row 0 for N = 1, rows 1 and 2 for N = 2, and so on. The paper does not tell
-    the network its segment. We do: the target is discontinuous where two segments meet.
+def segment_of(sigma, steps):
+    """Which of the N segments of cosine's t holds the noise level sigma / alpha [B] -> int64 [B].
+    A level on an edge belongs to the segment below it. The 1e-4 (of a segment) allows for a level
+    that was rounded up, so there may be up to 10,000 teacher steps in a segment.
     """
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
-    # An edge belongs to the segment below it. The 1e-4 allows for a sigma that was rounded up.
-    step = (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1) - 1
-    return (step + steps * (steps - 1) // 2).long()
+    return (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1).long() - 1
+
+def segment_row(sigma, steps):
+    """The row of (N, segment) in one table for all N -> int64 [B]: N = 1 has row 0, N = 2 has 1, 2.
+    The paper does not tell the network its segment. We do, because its target is discontinuous
+    where two segments meet.
+    """
+    return segment_of(sigma, steps) + steps * (steps - 1) // 2
 
 def guided(f, f_uncond, weight):
     """Classifier-free guidance (weight 0: none): a teacher for consistency_loss, see its (2)."""

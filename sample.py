@@ -2,14 +2,16 @@
 
     multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments
                               (given the f of a diffusion model, it is DDIM)
-    addim       f(z, t)       MCM Algorithm 3: DDIM that keeps its variance
+    addim       f(z, t)       MCM Algorithm 3: DDIM that keeps the variance of the images
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
-Noise and images are [B, ...]. Images are on the scale of [-1, 1], not clipped. States are float64,
-as float32 errors add up at sigma = 80. f gets the noise's dtype, and D float64, as EDM's does.
+Noise and images are [B, ...]. Images are on the scale of [-1, 1], not clipped. A sampler's state
+is float64, because float32 errors add up at sigma = 80. The network gets the noise's dtype, and so
+has the result.
 
     python sample.py --steps 2                               # a model that comes with the code
+    python sample.py --steps 2 --prompt "green square"       # the same, told what to draw
     python sample.py CHECKPOINT --n 50000 --out samples.npz  # uint8 NHWC in arr_0, for fid.py
 """
 import argparse
@@ -23,7 +25,7 @@ from torchvision.utils import save_image
 
 import ect, mcm
 
-def guess(network, x, t, dtype=torch.float64):
+def guess(network, x, t, dtype):
     """f(x, t) or D(x, sigma) at one time for all: x in `dtype`, t float32 or better -> float64."""
     time_dtype = torch.promote_types(dtype, torch.float32)
     times = torch.full((len(x),), float(t), dtype=time_dtype, device=x.device)
@@ -36,7 +38,7 @@ def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
     x_var: None for DDIM, or for aDDIM a function (alpha_t, sigma_t) -> variance per element.
     """
     times = steps
-    if isinstance(steps, int):
+    if np.ndim(steps) == 0:
         times = [i / steps for i in range(steps, -1, -1)]
     state = z.double()
     for t, s in pairwise(times):
@@ -58,69 +60,73 @@ def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
 
 @torch.no_grad()
 def renoise(denoise, latents, sigmas, noise=None):
-    """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64.
+    """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...].
     sigmas: falling noise levels, one for each step. ECT's two steps are [80, 0.821].
     noise: one [B, ...] for each sigma after the first. None: drawn here.
     """
-    x = guess(denoise, sigmas[0] * latents.double(), sigmas[0])
+    x = guess(denoise, sigmas[0] * latents.double(), sigmas[0], latents.dtype)
     for i, sigma in enumerate(sigmas[1:]):
         eps = torch.randn_like(x) if noise is None else noise[i].double()
-        x = guess(denoise, x + sigma * eps, sigma)
-    return x
+        x = guess(denoise, x + sigma * eps, sigma, latents.dtype)
+    return x.to(latents.dtype)
 
 @torch.no_grad()
 def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_MAX, rho=7):
-    """EDM Algorithm 1: latents ~ N(0, 1) [B, ...] -> x [B, ...], float64."""
+    """EDM Algorithm 1: latents ~ N(0, 1) [B, ...] -> x [B, ...]."""
     # (1) Noise levels t_0 > ... > t_n = 0, evenly spaced in sigma^(1 / rho).
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = ((high + ramp * (low - high)) ** rho).tolist() + [0.0]
+    dtype = latents.dtype
     x = latents.double() * sigmas[0]
     for t, t_next in pairwise(sigmas):
         # (2) An Euler step along the slope dx/dsigma at t.
-        slope = (x - guess(denoise, x, t)) / t
+        slope = (x - guess(denoise, x, t, dtype)) / t
         x_next = x + (t_next - t) * slope
         # (3) Heun's correction: the average of the slopes at both ends.
         if t_next > 0:
-            slope_next = (x_next - guess(denoise, x_next, t_next)) / t_next
+            slope_next = (x_next - guess(denoise, x_next, t_next, dtype)) / t_next
             x_next = x + (t_next - t) * (slope + slope_next) / 2
         x = x_next
-    return x
+    return x.to(dtype)
 
 # ---- From a network to images --------------------------------------------------------------------
 def sample_batch(net, sampler, steps, noise, labels=None):
     """noise [draws, B, C, H, W], one draw or, for "renoise", one for each step -> x [B, C, H, W].
     sampler: "multistep" for MCT, MCD and ECT in segments; "renoise" for ECT; "ddim" or "heun" for a
-    diffusion model. labels: one-hot [B, classes] or None.
+    diffusion model. labels: int64 [B], -1 for none, or None for no labels at all.
     """
     if sampler == "multistep":
         return multistep(mcm.make_f(net, steps=steps, labels=labels), noise[0], steps)
+    if sampler == "ddim":
+        return multistep(mcm.make_f(net, labels=labels), noise[0], steps)
+    if sampler == "heun":
+        return heun(mcm.conditioned(net, labels=labels), noise[0], steps)
     if sampler == "renoise":
         # ECT gives a level for two steps. For others we take equal distances in cosine's t.
         later = [ect.MID_SIGMA] if steps == 2 else ect.segment_edges(steps).flip(0).tolist()
         sigmas = [mcm.SIGMA_MAX] + later
         D = mcm.conditioned(net, 1, labels=labels)              # trained as one segment
         return renoise(D, noise[0], sigmas, noise[1:])
-    if sampler == "heun":
-        return heun(mcm.conditioned(net, labels=labels), noise[0], steps)
-    return multistep(mcm.make_f(net, labels=labels), noise[0], steps)       # "ddim"
+    raise ValueError(f"sampler {sampler}: not multistep, ddim, heun or renoise")
 
-def generate(net, sampler, steps, n, seed=0, labels=None):
-    """n images of a train_cifar.UNet -> uint8 [n, C, H, W] on the CPU. labels: int64 [n] or None.
-    An image's noise depends on (seed, its number) alone.
+def generate(net, sampler, steps, numbers, seed=0, labels=None):
+    """Images of a train_cifar.UNet -> uint8 [n, C, H, W] on the CPU.
+    numbers: int64 [n], which images: the noise of each depends on (seed, its number) alone.
+    labels: int64 [n] or None.
     """
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1
     shape = (draws, *net.image_shape)
     images = []
-    for numbers in torch.arange(n).split(125):      # in batches that fit into memory
+    for rows in torch.arange(len(numbers)).split(50):       # in batches that fit into memory
         each = [np.random.default_rng([seed, i]).standard_normal(shape, np.float32)
-                for i in numbers.tolist()]
+                for i in numbers[rows].tolist()]
         noise = torch.from_numpy(np.stack(each, axis=1)).to(device)
-        one_hot = None
-        if labels is not None:
-            one_hot = F.one_hot(labels[numbers], net.model.classes).float().to(device)
-        x = sample_batch(net, sampler, steps, noise, one_hot)
+        batch_labels = None if labels is None else labels[rows].to(device)
+        # TF32, torch's default for convolutions on a GPU, would change some pixels.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            x = sample_batch(net, sampler, steps, noise, batch_labels)
         images.append((x.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu())    # 0 .. 255
     return torch.cat(images)
 
@@ -131,38 +137,46 @@ def save_grid(images, path, columns):
 
 def main(arguments=None):
     """The command line: a checkpoint of train_cifar.py -> a .png grid, or an .npz."""
-    # Here, because train_cifar imports this file.
-    from train_cifar import InputError, atomic, load_checkpoint, load_network, number
+    import train_cifar                      # here, because train_cifar imports this file
+    from train_cifar import InputError, number
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
         help="tuned.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
     add("--steps", type=number(int, 1, 1000), help="default: the most that the model is for")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
+    add("--prompt", help="draw this class (default: all in turn); one that is not there lists them")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
     add("--seed", type=number(int, 0, 2**32), default=0)
     args = parser.parse_args(arguments)
 
-    # "multistep" works only in the numbers of steps that the network was trained for.
     try:
         if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
             raise InputError(f"--out {args.out}: needs a .png or .npz in an existing folder")
-        state = load_checkpoint(args.checkpoint)
+        state = train_cifar.load_checkpoint(args.checkpoint)
         names, sampler, own_steps = state["class_names"], state["sampler"], state["steps"]
+        # "multistep" works only in the numbers of steps that the network was trained for.
         steps = args.steps or max(own_steps)
         if sampler == "multistep" and steps not in own_steps:
             raise InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
+        if args.prompt is not None and args.prompt not in names:
+            raise InputError(f"--prompt {args.prompt}: the model knows {names or 'no classes'}")
     except (InputError, OSError) as error:
         parser.error(str(error))
 
-    labels = torch.arange(args.n) % len(names) if names else None      # the classes in turn
-    images = generate(load_network(state), sampler, steps, args.n, args.seed, labels)
-    with atomic(args.out) as part:
+    labels = None
+    if args.prompt is not None:
+        labels = torch.full((args.n,), names.index(args.prompt))
+    elif names:
+        labels = torch.arange(args.n) % len(names)
+    net = train_cifar.load_network(state)
+    images = generate(net, sampler, steps, torch.arange(args.n), args.seed, labels)
+    with train_cifar.atomic(args.out) as part:
         if args.out.suffix == ".png":
             save_grid(images, part, columns=round(args.n**0.5))
         else:
             np.savez(part, arr_0=images.permute(0, 2, 3, 1).numpy())
-    print(f"{args.out}: {args.n} samples in {steps} steps; classes: {names or 'none'}")
+    print(f"{args.out!a}: {args.n} samples in {steps} steps; classes: {names or 'none'}")
 
 if __name__ == "__main__":
     main()

@@ -2,25 +2,30 @@
 
     python train_cifar.py --steps 2                      # the whole job, on a GPU or a laptop
     python train_cifar.py --method ect --steps 2         # Easy Consistency Tuning
-    python train_cifar.py --steps 1 2 4 8                # one network for the whole dial
+    python train_cifar.py --steps 1 2 4 8 --classes      # one network for the whole dial, captioned
+    torchrun --nproc-per-node 8 train_cifar.py --steps 2 # on eight GPUs
 
-A diffusion model D(x, sigma) is loaded, or trained first (phase "diffusion"). Then a copy of it is
-tuned to few steps (phase "tuned"). One iteration of `train`:
+A diffusion model D(x, sigma) is loaded, or trained first (method "diffusion"). Then a copy of it is
+tuned to few steps (method "mct", "mcd", "ect" or "ect-segmented"). One iteration of `train`:
 
-    draw            from (seed, phase, iteration) alone: images, noise, times, dropout seeds
+    draw            from (seed, method, iteration) alone: images, noise, times, dropout seeds
+    share           each process takes its rows of the batch, in --parts if memory is short
     no gradient     the teacher's guess at t (mcd), then the network's own guess at the earlier time
     gradient        the network's guess at t, with the same dropout mask
     compare         step_loss: mcm.v_loss, mcm.consistency_loss or ect.ect_loss -> [B]
+    sum             the gradients of all parts and processes, which lie in one vector
     update          RAdam, with a learning rate that falls to 0 and, in fp16, a loss scale
     average         ema <- ema + (1 - decay) (net - ema): the weights that are sampled
-    log, save       every 100 and every --save-every iterations: a line, a checkpoint
+    log, save       every 100 and every 500 iterations: a line, a checkpoint and a few samples
 """
-import argparse, contextlib, copy, hashlib, io, json, math, pickle, signal, sys, time
+import argparse, contextlib, copy, datetime, hashlib, io, json, math, os, pickle, signal, sys
+import threading, time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -28,6 +33,51 @@ import ect, fid, mcm, sample
 from fid import InputError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# ---- Several processes, which torchrun starts ----------------------------------------------------
+# Every process draws the whole batch and takes rows RANK, RANK + WORLD, ... So the result does not
+# depend on their number, but for rounding. Nothing else here knows of them but main, train, report.
+RANK, WORLD = 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:         # set by torchrun alone
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+@contextlib.contextmanager
+def all_processes():
+    """`with all_processes():` they can reach each other, each has its GPU, and the first prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    backend = "gloo"
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    # The others wait while the first one downloads: for as long as it takes.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere if RANK > 0 else sys.stdout):
+            yield
+    dist.destroy_process_group()
+
+def add_up(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+def wait_for_all():
+    """Returns once every process is here."""
+    add_up(torch.zeros(1))
+
+def gather(rows):
+    """A tensor of each process' rows RANK, RANK + WORLD, ... -> all rows, on the CPU."""
+    shares = [rows.cpu()]
+    if dist.is_initialized():
+        shares = [None] * WORLD
+        dist.all_gather_object(shares, rows.cpu())
+    whole = rows.new_empty(sum(map(len, shares)), *rows.shape[1:], device="cpu")
+    for rank, share in enumerate(shares):
+        whole[rank::WORLD] = share
+    return whole
 
 # ---- Settings ------------------------------------------------------------------------------------
 def number(kind, low, high):
@@ -38,103 +88,134 @@ def number(kind, low, high):
         return kind(text)
     return numeric
 
-# How argparse reads a setting.
-COUNT = dict(type=number(int, 1, 10**9))
-RATIO = dict(type=number(float, 0, 1))
-SIZE = dict(type=number(float, 0, 1e6))
-SWITCH = dict(action=argparse.BooleanOptionalAction)
+COUNT = number(int, 1, 10**9)
+RATIO = number(float, 0, 1)
+SIZE = number(float, 0, 1e6)
+METHODS = ("mct", "mcd", "ect", "ect-segmented", "diffusion")
 
-# Two presets, named after their data. "cifar10" has the papers' settings: those of ECT's A100 hour,
-# with T and huber_eps of MCM. "shapes" is small and short. Errors add up over the teacher steps, so
-# it has fewer of them (T; for ECT, a smaller q^stages). The rest was found by trying.
-SETTINGS = [
-    # name, how it is read ({}: as text), preset shapes, preset cifar10, what it is
-    ("preset", dict(choices=("shapes", "cifar10")), "shapes", "cifar10", "picks the defaults"),
-    ("steps", dict(type=number(int, 1, 64), nargs="+"), [2], [2], "several: all in one network"),
-    ("method", dict(choices=("mct", "mcd", "ect", "ect-segmented")), "mct", "mct", "the loss"),
-    ("data", {}, "shapes", "cifar10", "shapes, cifar10, a folder or an .npz"),
-    ("init", {}, "shapes", "edm", "EDM's .pkl or our .pt; none: train one first"),
-    ("classes", SWITCH, False, False, "give the network the class labels"),
-    ("out", {}, None, None, "folder of the run; default: runs/DATA-METHOD-STEPS"),
+# Two presets, named after their data. "cifar10" has the settings of ECT's A100 hour, because they
+# have a published number, with T and huber_eps of MCM. "shapes" is small and short. Errors add up
+# over the teacher steps, so it has fewer of them (T; for ECT, a smaller q^stages). Its other
+# settings were found by trying, see the README.
+def add_settings(add):
+    """Calls add(name, shapes, cifar10, help, and how argparse reads it) for each setting."""
+    add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
+    add("method", "mct", "ect", "the loss; diffusion: train --init further", choices=METHODS)
+    add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
+    add("init", "shapes", "edm", "EDM's .pkl or our .pt; none: train one first")
+    add("classes", False, False, "train with class labels (of shapes: captions), one in ten without",
+        action=argparse.BooleanOptionalAction)
+    add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=SIZE)
+    add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
+
     # The optimizer. For longer runs, ema nearer to 1.
-    ("iters", COUNT, 1000, 8_000, "iterations of tuning"),
-    ("pretrain_iters", COUNT, 2500, 100_000, "iterations of training a diffusion model"),
-    ("batch", COUNT, 32, 128, "images in an iteration"),
-    ("lr", RATIO, 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0"),
-    ("pretrain_lr", RATIO, 2e-3, 5e-4, "the same for the diffusion model"),
-    ("ema", RATIO, 0.99, 0.9993, "decay of the averaged weights"),
+    add("iters", 1000, 8_000, "iterations of tuning", type=number(int, 0, 10**9))
+    add("pretrain_iters", 2500, 100_000, "iterations of training a diffusion model", type=COUNT)
+    add("batch", 32, 128, "images in an iteration", type=COUNT)
+    add("parts", 1, 1, "forward and backward passes that a batch is cut into", type=COUNT)
+    add("lr", 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=RATIO)
+    add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=RATIO)
+    add("ema", 0.99, 0.9993, "decay of the averaged weights", type=RATIO)
+
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
-    ("width", dict(type=int, choices=(8, 16, *range(32, 1025, 32))), 32, 128, "channels"),
-    ("dropout", dict(type=number(float, 0, 0.99)), 0.0, 0.2, "in training"),
-    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for long runs; 1: nearly a square error.
-    ("T", dict(type=number(int, 1, 8192), nargs=2), [8, 512], [64, 1280], "first and last T(i)"),
-    ("huber_eps", SIZE, 0.02, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)"),
+    add("width", 32, 128, "channels", type=int, choices=(8, 16, *range(32, 1025, 32)))
+    add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
+
+    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for small rates; 1: nearly a square error.
+    add("T", [8, 512], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
+    add("huber_eps", 0.02, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=SIZE)
+
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
-    ("q", dict(type=number(float, 1.001, 1e6)), 2.0, 256.0, "ect: each stage divides t - r by it"),
-    ("stages", COUNT, 3, 1, "ect: stages of the curriculum, of equal length"),
-    ("p_mean", dict(type=number(float, -20, 20)), 1.0, -1.1, "ect: mean of ln t"),
-    ("p_std", SIZE, 1.8, 2.0, "ect: standard deviation of ln t"),
-    ("c", SIZE, 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image"),
-    # The machine. Gradients of bf16 are too coarse where t - r is small.
-    ("precision", dict(choices=("fp16", "bf16", "tf32", "fp32")), "fp32", "fp16", "of the network"),
-    ("compile", SWITCH, False, True, "torch.compile: takes minutes, pays on a GPU"),
-    ("save_every", COUNT, 500, 1000, "iterations between checkpoints"),
-    ("seed", dict(type=number(int, 0, 2**32)), 0, 0, "of all that is random"),
+    add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1.001, 1e6))
+    add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
+    add("p_mean", 1.0, -1.1, "ect: mean of ln t", type=number(float, -20, 20))
+    add("p_std", 1.8, 2.0, "ect: standard deviation of ln t", type=SIZE)
+    add("c", 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image", type=SIZE)
+
+    # The machine. bf16 is not offered: where t - r is small, its gradients are too coarse.
+    add("precision", "fp32", "fp16", "of the network; fp16 is for a GPU", choices=("fp16", "fp32"))
+    add("compile", False, True, "torch.compile: takes minutes, pays on a GPU",
+        action=argparse.BooleanOptionalAction)
+    add("seed", 0, 0, "of all that is random", type=number(int, 0, 2**32))
+
     # The measurement.
-    ("features", {}, "random", "inception", "random, inception, a TorchScript file"),
-    ("fd_samples", dict(type=number(int, 10, 10**7)), 1000, 50_000, "images to measure"),
-]
+    add("features", "random", "inception", "random, inception, a TorchScript file")
+    add("fd_samples", 1000, 50_000, "images to measure", type=number(int, 10, 10**7))
+
 # What may change when a run goes on.
-MAY_CHANGE = ("out", "precision", "compile", "features", "fd_samples", "save_every")
+MAY_CHANGE = ("out", "parts", "precision", "compile", "features", "fd_samples")
 # The presets' networks: a small one that works on patches of 2x2 pixels, and EDM's.
 NETS = {"shapes": dict(mult=(1, 2, 2), blocks=1, attention=(), patch=2), "cifar10": {}}
 
 def read_settings(parser, arguments):
     """The command line -> all settings, a namespace. InputError for what does not go together."""
-    for name, how, shapes, cifar10, text in SETTINGS:
-        parser.add_argument("--" + name.replace("_", "-"), **how,
-                            help=f"{text} (shapes: {shapes}, cifar10: {cifar10})")
+    presets = {"shapes": {}, "cifar10": {}}
+    def add(name, shapes, cifar10, help, **how):
+        presets["shapes"][name], presets["cifar10"][name] = shapes, cifar10
+        help = f"{help} (shapes: {shapes}, cifar10: {cifar10})"
+        parser.add_argument("--" + name.replace("_", "-"), help=help, **how)
+    parser.add_argument("--preset", choices=presets, help="picks the defaults, which stand in ()")
+    add_settings(add)
     settings = parser.parse_args(arguments)
-    settings.preset = settings.preset or choose_preset(settings.data)
+
     # What is not given is the preset's. Its diffusion model fits only its own data and network.
-    other_data = settings.data not in (None, settings.preset)
-    if settings.init is None and (other_data or settings.width or settings.classes):
+    if settings.preset is None:
+        settings.preset = choose_preset(settings.data)
+    if settings.init is None and (settings.width or settings.data not in (None, settings.preset)):
         settings.init = "none"
-    for name, how, shapes, cifar10, text in SETTINGS:
+    if settings.init != "none" and settings.width:
+        raise InputError("--width: the model of --init has its own; leave it out, or --init none")
+    for name, default in presets[settings.preset].items():
         if getattr(settings, name) is None:
-            setattr(settings, name, shapes if settings.preset == "shapes" else cifar10)
+            setattr(settings, name, default)
+
+    settings.steps = sorted(set(settings.steps))
     if settings.method == "ect-segmented" and len(settings.steps) > 1:
         raise InputError("--method ect-segmented: needs a single number of --steps")
     if settings.stages * math.log2(settings.q) > 20:
         raise InputError("--q, --stages: q^stages is above 2^20, too much for float32")
+    if settings.guidance and not (settings.method == "mcd" and settings.classes):
+        raise InputError("--guidance: needs --method mcd and --classes")
+    if settings.batch < WORLD * settings.parts:
+        raise InputError(f"--batch {settings.batch}: needs {WORLD * settings.parts} images or more,"
+                         " one for each process and part")
     return settings
 
 def choose_preset(data):
-    """-> "cifar10", if `data` is that or None and a GPU and the files are there; else "shapes"."""
-    if data in (None, "cifar10"):
-        try:
-            if DEVICE.type == "cpu":
-                raise InputError("there is no GPU here")
-            fid.download(*EDM)
-            fid.download(*fid.INCEPTION)
-            fid.read_images("cifar10")
-            return "cifar10"
-        except InputError as error:
-            print(f"preset shapes (a small network, a short run), because {error}\nfor ECT's own "
-                  "settings: --preset cifar10 (an hour on an A100, days on a laptop)")
-    return "shapes"                             # its settings suit any small run
+    """The preset where none is asked for: "cifar10" if that can run here, else "shapes"."""
+    if data == "cifar10" and DEVICE.type == "cuda":
+        return "cifar10"
+    if data is not None:
+        return "shapes"                         # its settings suit any small run
+    try:
+        if DEVICE.type == "cpu":
+            raise InputError("there is no GPU here")
+        download_all()
+        return "cifar10"
+    except InputError as error:
+        print(f"preset shapes (a small network, a short run), because {error}\nfor ECT's own "
+              "settings: --preset cifar10 (an hour on an A100, days on a laptop)")
+        return "shapes"
+
+def download_all():
+    """Gets what the preset "cifar10" needs, if it is not there."""
+    fid.download(*EDM)
+    fid.download(*fid.INCEPTION)
+    fid.read_images("cifar10")
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
 def hash32(h):
-    """Mixes the bits of h, int32 of any shape: each bit of the result depends on all of them."""
+    """Mixes the bits of h, int32 of any shape, in place: each bit then depends on all of them."""
     for _ in range(2):
-        h = (((h >> 16) & 0xFFFF) ^ h) * 0x45D9F3B          # 32 bits of the product are kept
-    return ((h >> 16) & 0xFFFF) ^ h
+        h ^= (h >> 16) & 0xFFFF
+        h *= 0x45D9F3B                          # 32 bits of the product are kept
+    h ^= (h >> 16) & 0xFFFF
+    return h
 
 def dropout(x, p, seed, layer):
     """Dropout of x [B, C, H, W] by a mask that depends on (seed [B], layer, element) alone.
-    Both passes of a consistency step must have one mask. To save and restore the state of a random
-    generator in between would not survive CUDA graphs.
+    Both passes of a consistency step must have one mask. A random generator would have to be set
+    back in between, and a CUDA graph, which replays the whole step, cannot do that.
     """
     element = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
     # The prime, 2^32 over the golden ratio, keeps the layers' seeds far apart.
@@ -194,7 +275,8 @@ class Block(nn.Module):
 class DDPMpp(nn.Module):
     """The raw network F(c_in x, c_noise). Its blocks are called {side}x{side}_{block}, as EDM's.
     width, mult: channels of the levels. blocks: of each level. attention: sides that have it.
-    patch: works on patch x patch pixels at a time. segments: rows of an embedding, mcm.segment.
+    patch: works on patch x patch pixels at a time. segments: rows of an embedding, see
+    mcm.segment_row. Labels and segments begin with zeros, so they can be added to a trained model.
     """
     def __init__(self, width, mult, blocks, resolution, classes=0, augment_dim=0, dropout=0.0,
                  patch=1, segments=0, attention=(16,)):
@@ -246,9 +328,9 @@ class DDPMpp(nn.Module):
                 self.dec[f"{side}x{side}_up"] = block(c, c, resample=nn.Upsample(scale_factor=2))
         self.dec[f"{side}x{side}_aux_norm"] = group_norm(c)
         self.dec[f"{side}x{side}_aux_conv"] = conv(c, 3 * patch**2, 3)
-        # As EDM: the last layer of each residual branch begins near zero.
+        # As EDM: the last layer of each residual branch begins near zero. (But for the labels' zeros.)
         for name, p in self.named_parameters():
-            if name.endswith("bias") or "map_segment" in name:
+            if name.endswith("bias") or "map_segment" in name or "map_label" in name:
                 nn.init.zeros_(p)
             elif name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight")):
                 nn.init.xavier_uniform_(p, 1e-5)
@@ -263,9 +345,10 @@ class DDPMpp(nn.Module):
         angle = c_noise[:, None] * self.frequencies
         emb = torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype)
         if self.classes:
-            if labels is None:              # zeros, which still add the bias
-                labels = emb.new_zeros(1, self.classes)
-            emb = emb + self.map_label(labels.to(x.dtype) * self.classes**0.5)
+            if labels is None:
+                labels = torch.full_like(c_noise, -1).long()
+            one_hot = labels[:, None] == torch.arange(self.classes, device=x.device)    # -1: zeros
+            emb = emb + self.map_label(one_hot.to(x.dtype) * self.classes**0.5)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if segment is not None:
             emb = emb + self.map_segment(segment)
@@ -288,20 +371,20 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
     It is the same in train() and eval(). (ECT's authors have sigma - 0.003 in eval()'s c_skip and
-    c_out.) Another network here needs the same forward, .arguments, .image_shape, .model.classes.
+    c_out.) Another network here needs the same forward, .arguments, .image_shape and .dtype.
     """
-    dtype = torch.float32           # that all raw networks compute in
-
-    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, **more):
+    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, classes=0, **more):
         super().__init__()
-        self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution)
+        self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution,
+                              classes=classes)
         self.model = DDPMpp(**self.arguments)
         self.image_shape = (3, resolution, resolution)
+        self.dtype = torch.float32              # that the raw network computes in
 
     def forward(self, x, sigma, labels=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
-        labels: one-hot float [B, classes], zeros or None for no label. segment: int64 [B] of
-        mcm.segment. seed: int64 [B] in [0, 2^32) of the dropout masks, or None: no dropout.
+        labels: int64 [B], -1 for none, or None. segment: int64 [B] of mcm.segment_row.
+        seed: int64 [B] in [0, 2^32) of the dropout masks, or None: no dropout.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
@@ -312,24 +395,26 @@ class UNet(nn.Module):
         c_out = SIGMA_DATA * level * c_in
         c_noise = sigma.log() / 4                               # [B]
 
-        # The raw network computes in self.dtype. (autocast would leave group norms in float32.)
+        # The weights are cast here, because autocast would leave the group norms in float32.
         weights = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
         inputs = (c_in * x).to(self.dtype), c_noise, labels, segment, seed
         raw = torch.func.functional_call(self.model, weights, inputs)
         return c_skip * x + c_out * raw
 
 # ---- Data: uint8 images [n, 3, H, W], labels int64 [n], names of the classes ---------------------
-COLOURS = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220],    # red, green, blue
-                        [240, 200, 40], [170, 60, 190]])                # yellow, purple
+FORMS = ("disc", "square", "triangle")
+HUES = ("red", "green", "blue", "yellow", "purple")
+COLOURS = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220], [240, 200, 40], [170, 60, 190]])
 
 def shapes(n=20_000, size=32):
-    """Discs, squares and triangles in five colours on soft grey -> images, labels, class names."""
+    """Discs, squares and triangles in five colours on soft grey -> images, labels, class names.
+    The names are captions: "red disc", "red square", ..., "purple triangle".
+    """
     g = torch.Generator().manual_seed(0)
     ramp = (torch.arange(size) + 0.5) / size * 2 - 1            # pixels, in [-1, 1]
-    labels = torch.arange(n) % 3
-    images = []
-    for label in labels.split(1000):
-        radius, dx, dy, light, slope = torch.rand(5, len(label), 1, 1, generator=g)
+    images, labels = [], []
+    for form in (torch.arange(n) % len(FORMS)).split(1000):
+        radius, dx, dy, light, slope = torch.rand(5, len(form), 1, 1, generator=g)
         radius = 0.4 + 0.2 * radius
         x = ramp - (dx * 2 - 1) * (0.9 - radius)            # from the centre: [B, 1, W]
         y = ramp[:, None] - (dy * 2 - 1) * (0.9 - radius)   # [B, H, 1]
@@ -337,13 +422,16 @@ def shapes(n=20_000, size=32):
         disc = x.hypot(y) - radius
         square = torch.maximum(x.abs(), y.abs()) - 0.85 * radius
         triangle = torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) - 0.6 * radius
-        edge = torch.stack([disc, square, triangle])[label, torch.arange(len(label))]
+        edge = torch.stack([disc, square, triangle])[form, torch.arange(len(form))]
         # The shape over its ground, with an edge that is soft by one pixel: [B, 3, H, W].
         inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]
         ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp[:, None]
-        colour = COLOURS[torch.randint(len(COLOURS), (len(label),), generator=g)]
-        images.append(inside * colour[:, :, None, None] + (1 - inside) * ground[:, None])
-    return torch.cat(images).round().byte(), labels, ["disc", "square", "triangle"]
+        hue = torch.randint(len(HUES), (len(form),), generator=g)
+        colour = COLOURS[hue][:, :, None, None]
+        images.append(inside * colour + (1 - inside) * ground[:, None])
+        labels.append(hue * len(FORMS) + form)
+    names = [f"{hue} {form}" for hue in HUES for form in FORMS]
+    return torch.cat(images).round().byte(), torch.cat(labels), names
 
 def load_data(settings):
     """--data -> a namespace: images, labels, class_names (empty without --classes), name."""
@@ -370,13 +458,14 @@ EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond
 
 class Inert(nn.Module):
     """Stands for an object of any class. Its state_dict() is that of the module it stands for.
-    EDM's classes arrive as calls of _reconstruct_persistent_obj, with a dict of their state. It is
-    kept. The rest (getattr, numpy's scalars and types) is never read.
+    EDM's classes arrive as calls of _reconstruct_persistent_obj, with a dict of their name and
+    state. Both are kept. The rest (getattr, numpy's scalars and types) is never read.
     """
     def __init__(self, saved=None, *ignored):
         super().__init__()
         if isinstance(saved, dict):
             self.__setstate__(saved["state"])
+            self.class_name = saved["class_name"]
 
     def __setstate__(self, state):
         if isinstance(state, dict):                     # that of a numpy type is a tuple
@@ -385,6 +474,12 @@ class Inert(nn.Module):
 def rebuild_tensor(storage, offset, size, stride, *ignored):
     return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
 
+def rebuild_parameter(tensor, *ignored):
+    return tensor
+
+def load_storage(content):
+    return torch.load(io.BytesIO(content), weights_only=True)
+
 ALLOWED = {
     "torch_utils.persistence _reconstruct_persistent_obj": Inert,
     "torch.nn.modules.container ModuleDict": Inert,
@@ -392,12 +487,15 @@ ALLOWED = {
     "numpy dtype": Inert,
     "numpy.core.multiarray scalar": Inert,
     "numpy._core.multiarray scalar": Inert,
-    "torch._utils _rebuild_parameter": lambda tensor, *ignored: tensor,
+    "torch._utils _rebuild_parameter": rebuild_parameter,
     "torch._utils _rebuild_tensor_v2": rebuild_tensor,
-    "torch.storage _load_from_bytes": lambda b: torch.load(io.BytesIO(b), weights_only=True),
+    "torch.storage _load_from_bytes": load_storage,
     "collections OrderedDict": dict,
     "builtins set": set,
 }
+# What unpickling, or a look into what came out, raises over a file that is damaged or another's.
+DAMAGED = (pickle.PickleError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError,
+           RuntimeError, TypeError, ValueError)
 
 class EDMUnpickler(pickle.Unpickler):
     """The base class does the rest: it calls find_class for every name in a file."""
@@ -409,26 +507,28 @@ def load_edm(path):
     try:
         with open(path, "rb") as file:
             ema = EDMUnpickler(file).load()["ema"]
-        # The module that ema stands for is EDMPrecond, around a SongUNet that is called model.
+        # Both classes are EDM's preconditioning, around a SongUNet that is called model.
+        if ema.class_name not in ("EDMPrecond", "ECMPrecond") or ema.sigma_data != SIGMA_DATA:
+            raise ValueError(f"it is {ema.class_name}, with another preconditioning")
         given = ema.model._init_kwargs
         return ema.state_dict(), dict(
             width=given["model_channels"], mult=tuple(given["channel_mult"]),
             blocks=given.get("num_blocks", 4), classes=given["label_dim"],
             augment_dim=given.get("augment_dim", 0), dropout=given["dropout"],
             resolution=given["img_resolution"])
-    except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, RuntimeError,
-            TypeError, ValueError, MemoryError, OverflowError) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: not a network of EDM or ECT ({error})") from error
 
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
-def draw(data, settings, phase, step):
-    """What iteration `step` draws, from (seed, phase, step) alone -> a dict of [batch, ...].
+def draw(data, settings, method, step):
+    """What iteration `step` draws, from (seed, method, step) alone -> a dict of [batch, ...].
     So a run that was killed goes on with the very batches that it would have drawn.
     """
     device, batch = data.images.device, settings.batch
-    entropy = np.random.SeedSequence([settings.seed, int(phase == "tuned"), step])
+    entropy = np.random.SeedSequence([settings.seed, int(method != "diffusion"), step])
     seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # of 63 bits
     chance = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
+
     # Images, noise and the seeds of the dropout masks.
     index = torch.randint(len(data.images), (batch,), **chance)
     drawn = {"x": data.images[index],
@@ -436,13 +536,16 @@ def draw(data, settings, phase, step):
              "seed": torch.randint(2**32, (batch,), **chance)}
     if data.class_names:
         # One in ten is trained without its label, so that the model can be guided (mcm.guided).
-        kept = torch.rand(batch, 1, **chance) > 0.1
-        drawn["labels"] = F.one_hot(data.labels[index], len(data.class_names)) * kept.float()
-    # Times: cosine's t, ECT's t, or those of MCM's Algorithm 1 for an N of --steps.
-    if phase == "diffusion":
+        kept = torch.rand(batch, **chance) > 0.1
+        drawn["labels"] = data.labels[index].where(kept, -1)
+
+    # Times: cosine's t, ECT's t and stage, or those of MCM's Algorithm 1 for an N of --steps.
+    if method == "diffusion":
         drawn["t"] = torch.rand(batch, **chance)
-    elif settings.method in ("ect", "ect-segmented"):
+    elif method in ("ect", "ect-segmented"):
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **chance)
+        stage = step * settings.stages // settings.iters            # 0, 1, 2, ...
+        drawn["stage"] = torch.full((batch,), stage, device=device)
     else:
         which = torch.randint(len(settings.steps), (batch,), **chance)
         # Without non_blocking, the host would wait for the copy.
@@ -452,44 +555,52 @@ def draw(data, settings, phase, step):
         drawn.update(N=N, t=t, s=s, t_step=t_step)
     return drawn
 
-def step_loss(net, teacher, settings, phase, stage, x, eps, seed, t, labels=None, N=None, s=None,
-              t_step=None):
+def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stage=None, N=None,
+              s=None, t_step=None):
     """The loss of one iteration -> [B]. It runs on the device and compiles as one graph.
-    x: uint8 [B, 3, H, W]. stage: ECT's, a tensor []. The rest: as `draw` drew it.
+    x: uint8 [B, 3, H, W]. The rest: as `draw` drew it.
     """
     x = x.float() / 127.5 - 1
     f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
-    if phase == "diffusion":
+    if method == "diffusion":
         # As MCT where s = t_step: the target is x. With huber_eps 1, nearly a squared error.
         alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
         z_t = alpha * x + sigma * eps
         return mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=1.0)
-    if settings.method in ("ect", "ect-segmented"):
+
+    if method in ("ect", "ect-segmented"):
         # The paper's ECT is a single segment, from 80 down to 0.
-        N = settings.steps[0] if settings.method == "ect-segmented" else 1
+        N = settings.steps[0] if method == "ect-segmented" else 1
         edges = ect.segment_edges(N, x.device) if N > 1 else None
         D = mcm.conditioned(net, N, labels=labels, seed=seed)
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
 
-    # MCM: training, where the data itself leads from t to s, or distillation of the teacher.
-    leader = mcm.make_f(teacher, labels=labels) if settings.method == "mcd" else None
-    return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=leader,
+    # MCM: training, where the data itself makes the step to s, or distillation of the teacher.
+    teacher_f = None
+    if method == "mcd":
+        teacher_f = mcm.make_f(teacher, labels=labels)
+    if settings.guidance:
+        teacher_f = mcm.guided(teacher_f, mcm.make_f(teacher), settings.guidance)
+    return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=teacher_f,
                                 huber_eps=settings.huber_eps)
 
 # ---- The loop ------------------------------------------------------------------------------------
-def train(net, teacher, data, settings, phase):
-    """Trains `net` in phase "diffusion" or "tuned" (teacher: for mcd alone) -> its average.
-    {phase}.pt in the run's folder has the whole state. The same call goes on from there.
+def train(net, teacher, data, settings, method, iters, peak_lr):
+    """Trains `net` (teacher: for mcd alone) for `iters` iterations -> its average.
+    file_of(method) in the run's folder has the whole state. The same call goes on from there.
     """
-    path = Path(settings.out, f"{phase}.pt")
-    iters, peak_lr = settings.iters, settings.lr
-    if phase == "diffusion":
-        iters, peak_lr = settings.pretrain_iters, settings.pretrain_lr
+    path = Path(settings.out, file_of(method))
     # The network, the average of its weights, and how they are updated.
     net.to(DEVICE, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.RAdam(net.parameters(), foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
+
+    # All gradients are views of one vector: it is cleared, and summed over the processes, at once.
+    weights = list(net.parameters())
+    gradient = torch.zeros(sum(p.numel() for p in weights), device=DEVICE)
+    for p, part in zip(weights, gradient.split([p.numel() for p in weights])):
+        p.grad = part.as_strided(p.shape, p.stride())           # in the layout of p
 
     # One graph, without recompiling. On a GPU it is recorded and replayed, all in channels last:
     # left to itself the compiler mixes layouts in a U-Net, and a step takes 1.5 times as long.
@@ -497,132 +608,188 @@ def train(net, teacher, data, settings, phase):
         "triton.cudagraphs": True, "force_layout_optimization": True})
 
     # Restore. This copies tensors to the GPU, all but RAdam's counter, which stays on the CPU.
-    parts = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
+    state = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
     first = 0
     if path.exists():
         saved = load_checkpoint(path)
         first = saved["step"]
-        for name, part in parts.items():
+        for name, part in state.items():
             if saved[name]:                     # the scaler has a state in fp16 only
                 part.load_state_dict(saved[name])
-    print(f"{phase}: {iters} iterations, {first} of them done")
-    # Ctrl-C only asks: the loop saves, then stops.
-    stop = []
-    signal.signal(signal.SIGINT, lambda *ignored: stop.append(True))
+    print(f"{method}: {iters} iterations, {first} of them done")
 
     losses, clock = [], time.time()             # since the last line of the log
-    for step in range(first, iters):
-        # Draw the batch. ECT's stage, 0, 1, ..., is a tensor, because a number would compile again.
-        drawn = draw(data, settings, phase, step)
-        stage = torch.full((), step * settings.stages // iters, device=DEVICE)
+    with ctrl_c() as asked_to_stop:
+        for step in range(first, iters):
+            # Draw the batch, and clear the gradients.
+            drawn = draw(data, settings, method, step)
+            gradient.zero_()
 
-        # Forward and backward.
-        loss = loss_of(net, teacher, settings, phase, stage, **drawn).mean()
-        scaler.scale(loss).backward()
-        losses.append(loss.detach())
+            # Forward and backward, over this process' share of the batch, part by part.
+            for part in range(settings.parts):
+                rows = slice(RANK * settings.parts + part, None, WORLD * settings.parts)
+                share = {name: value[rows] for name, value in drawn.items()}
+                loss = loss_of(net, teacher, settings, method, **share).sum() / settings.batch
+                scaler.scale(loss).backward()
+                losses.append(loss.detach())
+            add_up(gradient)
 
-        # Update the weights. In fp16, an iteration that overflows is skipped.
-        optimizer.param_groups[0]["lr"] = peak_lr * (1 - step / iters)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+            # Update the weights. In fp16, an iteration that overflows is skipped.
+            optimizer.param_groups[0]["lr"] = peak_lr * (1 - step / iters)
+            scaler.step(optimizer)
+            scaler.update()
 
-        # Update their average: the mean of all weights so far, until its decay reaches --ema.
-        decay = min(settings.ema, step / (1 + step))
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-        average(list(ema.parameters()), list(net.parameters()), step)
+            # Update their average: the mean of all weights so far, until its decay reaches --ema.
+            decay = min(settings.ema, step / (1 + step))
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+            average(list(ema.parameters()), weights, step)
 
-        # Log. Only here, in saving and, in fp16, in scaler.step does the host wait for the device.
-        done = step + 1
-        if done % 100 == 0 or done == iters:
-            loss = torch.stack(losses).mean().item()
-            speed = len(losses) * settings.batch / (time.time() - clock)
-            left = f"{(iters - done) * settings.batch / speed / 60:.1f} min left"
-            print(f"{phase} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left}", flush=True)
-            losses, clock = [], time.time()
+            # Log. Only here, in saving and, in fp16, in scaler.step does the host wait for the GPU.
+            done = step + 1
+            if settings.compile and step == first:
+                print(f"{method}: compiled in {time.time() - clock:.0f} s", flush=True)
+                losses, clock = [], time.time()
+            elif done % 100 == 0 or done == iters:
+                count = len(losses) / settings.parts
+                loss = add_up(torch.stack(losses).sum() / count).item()
+                speed = count * settings.batch / (time.time() - clock)
+                left = f"{(iters - done) * settings.batch / speed / 60:.1f} min left"
+                print(f"{method} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left}", flush=True)
+                losses, clock = [], time.time()
 
-        # Save the state.
-        if done % settings.save_every == 0 or done == iters or stop:
-            save(path, data, settings, phase, done, parts)
+            # Save the state. All processes stop if one of them is asked to.
+            stop = add_up(torch.tensor(len(asked_to_stop))) > 0
+            if done % 500 == 0 or done == iters or stop:
+                save(path, data, settings, method, done, state)
             if stop:
                 sys.exit(f"stopped at iteration {done} and saved; the same command goes on")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     return ema
 
+@contextlib.contextmanager
+def ctrl_c():
+    """`with ctrl_c() as asked:` Ctrl-C only puts something into the list `asked`."""
+    asked = []
+    def ask(*ignored):
+        asked.append(True)
+
+    # A process that ignores it goes on doing so, and only a main thread may set this.
+    before = signal.getsignal(signal.SIGINT)
+    is_ours = threading.current_thread() is threading.main_thread() and callable(before)
+    if is_ours:
+        signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, before)
+
 # ---- Results -------------------------------------------------------------------------------------
-def how_to_sample(settings, phase):
-    """-> the sampler of this phase's network, see sample.sample_batch, and its numbers of steps."""
-    if phase == "diffusion":
+def file_of(method):
+    """The name of the checkpoint in the run's folder."""
+    return "diffusion.pt" if method == "diffusion" else "tuned.pt"
+
+def how_to_sample(settings, method):
+    """-> the sampler of this method's network, see sample.sample_batch, and its numbers of steps."""
+    if method == "diffusion":
         return "heun", [18]                                             # EDM's
-    if settings.method == "ect":
+    if method == "ect":
         return "renoise", settings.steps
     return "multistep", settings.steps
 
 def report(diffusion, tuned, data, settings, extractor):
     """The diffusion model beside the tuned one: a table, result.json and dial.png.
-    The distances are from the whole data set. The floor: see fid.floor_of.
+    The distances are from the whole data set. The floor: see fid.py. Each process makes and
+    measures its share of the images.
     """
     n, real = settings.fd_samples, data.images.cpu()
-    statistics = fid.statistics_of(real, extractor)
-    floor = fid.floor_of(real, extractor, n)
-    metric = fid.metric_name(extractor.name, n)
+    mine = torch.arange(len(real))[RANK::WORLD]
+    real_features = gather(fid.features_of(real, extractor, mine))
+    reference, floor = fid.moments(real_features), fid.floor_of(real_features, n)
+    metric = fid.metric_name(settings.features, n)
     print(f"\n{data.name}: {metric}; floor, real images to real: {floor:.2f}\n"
-        "model         steps  evaluations  distance  images/s")
+          "model         steps  evaluations  distance  images/s")
 
     # Method, network, sampler, steps, evaluations: N steps before and after tuning, then EDM's 18.
-    sampler, _ = how_to_sample(settings, "tuned")
     table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
-    table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
+    if settings.method != "diffusion":
+        sampler, _ = how_to_sample(settings, settings.method)
+        table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
     table += [("diffusion", diffusion, "heun", 18, 35)]
-    labels = None                               # or those of n real images, in random order
-    if data.class_names:
-        labels = data.labels[fid.shuffled(real)[torch.arange(n) % len(real)]]
+    mine, labels = torch.arange(n)[RANK::WORLD], None
+    if data.class_names:                        # those of n real images, in random order
+        labels = data.labels[fid.shuffled(len(real))[mine % len(real)]]
+
     # A row of the table and a row of the picture for each.
     rows, pictures = [], []
     for method, net, sampler, steps, nfe in table:          # nfe: evaluations of the network
         start = time.time()
-        images = sample.generate(net, sampler, steps, n, settings.seed, labels)
+        share = sample.generate(net, sampler, steps, mine, settings.seed, labels)
+        images = gather(share)
         speed = n / (time.time() - start)
-        distance = fid.statistics_of(images, extractor).distance(statistics)
+        features = gather(fid.features_of(share, extractor))
+        distance = fid.frechet_distance(*fid.moments(features), *reference)
         print(f"{method:<13} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}", flush=True)
-        rows.append(dict(method=method, steps=steps, nfe=nfe, metric=metric, distance=distance,
-                         floor=floor, features=extractor.name, n=n, images_per_second=speed))
+        rows.append(dict(method=method, sampler=sampler, steps=steps, nfe=nfe, metric=metric,
+                         distance=distance, floor=floor, features=settings.features, n=n,
+                         images_per_second=speed))
         pictures.append(images[:10])
-    Path(settings.out, "result.json").write_text(json.dumps(rows, indent=1))
-    sample.save_grid(torch.cat(pictures), Path(settings.out, "dial.png"), columns=10)
+    if RANK == 0:
+        Path(settings.out, "result.json").write_text(json.dumps(rows, indent=1))
+        sample.save_grid(torch.cat(pictures), Path(settings.out, "dial.png"), columns=10)
     print(f"pictures, a row for each line: {settings.out}/dial.png")
 
 # ---- All of it -----------------------------------------------------------------------------------
 def main(arguments=None):
     """The command line: read everything, train or load a diffusion model, tune it, report."""
+    with (all_processes(),
+          torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)):
+        run(arguments)
+
+def run(arguments):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    # All that a user can get wrong is read here, before any work.
+    # All that a user can get wrong is read here, before any work. (The first process downloads.)
+    if RANK > 0:
+        wait_for_all()
     try:
         settings = read_settings(parser, arguments)
         data = load_data(settings)
-        extractor = fid.Extractor(settings.features, data.images[:2], DEVICE)
-        diffusion = open_run(settings, data)
+        extractor = fid.load_extractor(settings.features, data.images[:2], DEVICE)
+        diffusion = load_init(settings, data)
+        open_run(settings, data)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         parser.error(" ".join(str(error).split()))
-    # What the network computes in. TF32 is for convolutions on a GPU.
-    torch.backends.cudnn.benchmark = True                   # shapes are always the same
-    torch.backends.cudnn.allow_tf32 = settings.precision != "fp32"
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    UNet.dtype = dtypes.get(settings.precision, torch.float32)
+    if RANK == 0:
+        wait_for_all()
+
     # Train a diffusion model, if none is given.
+    classes = len(data.class_names)
     if diffusion is None:
         torch.manual_seed(settings.seed)
-        net = UNet(settings.width, **NETS[settings.preset], dropout=settings.dropout,
-                   classes=len(data.class_names), resolution=data.images.shape[-1])
-        diffusion = train(net, None, data, settings, "diffusion")
+        diffusion = UNet(settings.width, **NETS[settings.preset], dropout=settings.dropout,
+                         classes=classes, resolution=data.images.shape[-1])
+        set_precision(diffusion, settings.precision)
+        if settings.method != "diffusion":
+            diffusion = train(diffusion, None, data, settings, "diffusion",
+                              settings.pretrain_iters, settings.pretrain_lr)
+    set_precision(diffusion, settings.precision)
     diffusion.to(DEVICE, memory_format=torch.channels_last).requires_grad_(False)
 
-    # Tune a copy. Its embedding of the segment is zero at first and changes nothing.
-    segments = sum(range(max(settings.steps) + 1))          # rows of mcm.segment's table
-    net = UNet(**dict(diffusion.arguments, dropout=settings.dropout, segments=segments))
+    # Tune a copy. What is new in it, an embedding of labels or segments, is zero and changes nothing.
+    new = dict(dropout=settings.dropout, classes=max(classes, diffusion.arguments["classes"]))
+    if settings.method != "diffusion":
+        new["segments"] = sum(range(max(settings.steps) + 1))   # rows of mcm.segment_row's table
+    net = UNet(**{**diffusion.arguments, **new})
     net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
-    tuned = train(net, diffusion, data, settings, "tuned")
+    set_precision(net, settings.precision)
+    tuned = train(net, diffusion, data, settings, settings.method, settings.iters, settings.lr)
+    if settings.method == "diffusion":
+        diffusion = tuned
     report(diffusion, tuned, data, settings, extractor)
+
+def set_precision(net, precision):
+    """fp16 is for a GPU. A CPU, which would be slower with it, computes in float32."""
+    is_half = precision == "fp16" and DEVICE.type == "cuda"
+    net.dtype = torch.float16 if is_half else torch.float32
 
 # ---- Checkpoints and the folder of a run ---------------------------------------------------------
 @contextlib.contextmanager
@@ -632,40 +799,44 @@ def atomic(path):
     yield part
     part.replace(path)
 
-def save(path, data, settings, phase, step, parts):
-    """One file of tensors and plain values: the parts, and all that sample.py needs.
+def save(path, data, settings, method, step, parts):
+    """One file of tensors and plain values: the parts, and all that sample.py needs. And a picture.
     If weights are not finite, or fp16 overflows at every loss scale, the run ends instead.
     """
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
-        sys.exit(f"error: {phase}, iteration {step}: weights or losses not finite; {path}, if any, "
+        sys.exit(f"error: {method}, iteration {step}: weights or losses not finite; {path}, if any, "
                  "is kept, try another --precision, or a smaller --lr with another --out")
-    sampler, steps = how_to_sample(settings, phase)
+    sampler, steps = how_to_sample(settings, method)
     state = {name: part.state_dict() for name, part in parts.items()}
-    state.update(arguments=parts["ema"].arguments, phase=phase, step=step, sampler=sampler,
+    state.update(arguments=parts["ema"].arguments, method=method, step=step, sampler=sampler,
                  steps=steps, class_names=data.class_names, settings=vars(settings))
-    with atomic(path) as file:
-        torch.save(state, file)
+    if RANK == 0:
+        with atomic(path) as file:
+            torch.save(state, file)
+        # A row of ten images for each number of steps, to look at while waiting.
+        rows = [sample.generate(parts["ema"], sampler, N, torch.arange(10)) for N in steps]
+        sample.save_grid(torch.cat(rows), path.with_suffix(".png"), columns=10)
+    wait_for_all()                              # so that nobody ends before the file is whole
 
 def load_checkpoint(path):
     """A file of `save` -> its dict, on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["sampler"]                        # a KeyError, if it is another's
-    except (pickle.PickleError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as why:
-        raise InputError(f"{path}: damaged, or no checkpoint of this version") from why
+        state["method"], state["sampler"]       # a KeyError, if it is another's
+    except DAMAGED as error:
+        raise InputError(f"{path}: damaged, or no checkpoint of this version") from error
     return state
 
 def load_network(state):
     """A dict of load_checkpoint -> its averaged network."""
     net = UNet(**state["arguments"])
     net.load_state_dict(state["ema"])
-    return net.to(DEVICE)
+    set_precision(net, state["settings"]["precision"])
+    return net.to(DEVICE, memory_format=torch.channels_last)
 
 def open_run(settings, data):
-    """Opens the folder of the run -> the diffusion model of --init, or None: train one.
-    InputError if the folder holds a run of other settings or data, or the model does not fit.
-    """
+    """Makes the folder of the run. InputError if it holds one of other settings or data."""
     steps = "-".join(map(str, settings.steps))
     settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
     settings.data = data.name
@@ -677,35 +848,48 @@ def open_run(settings, data):
             if name not in MAY_CHANGE and begun.get(name) != now:
                 raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
                                  f"{begun.get(name)}, not {now}; give another --out, or delete it")
-    # The diffusion model must fit the data.
-    net = None
-    if settings.init != "none":
-        net = load_init(settings.init)
-        its = net.image_shape[-1], net.model.classes
-        if its != (data.images.shape[-1], len(data.class_names)):
-            raise InputError(f"--init: {settings.init} has other (pixels, classes): {its}")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
+    with atomic(Path(settings.out, "settings.json")) as file:       # and an OSError, if it cannot be
+        file.write_text(json.dumps(vars(settings), indent=1))
+
+def load_init(settings, data):
+    """The diffusion model of --init, or None: train one. In the settings its name becomes a hash of
+    its weights, because a file may be moved or overwritten while a run waits to go on.
+    """
+    path = settings.init
+    if path == "none":
+        return None
+    if path == "shapes":
+        path = Path(__file__).parent / "assets/diffusion.pt"
+    elif path == "edm":
+        path = fid.download(*EDM)
+        print("EDM's weights are CC BY-NC-SA 4.0: no commercial use, nor of models made from them")
+
+    if Path(path).suffix == ".pkl":             # of EDM. (ECT's are tuned already, but they load.)
+        weights, arguments = load_edm(path)
+        net = UNet(**arguments)
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise InputError(f"{path}: its network is not EDM's DDPM++") from error
+    else:
+        state = load_checkpoint(path)
+        if state["method"] != "diffusion":
+            raise InputError(f"--init {path}: tuned already, give a diffusion model")
+        net = load_network(state)
+
+    side, classes = net.image_shape[-1], net.arguments["classes"]
+    if side != data.images.shape[-1]:
+        raise InputError(f"--init {path}: makes images of {side} pixels, not those of --data")
+    if data.class_names and classes not in (0, len(data.class_names)):
+        raise InputError(f"--init {path}: has {classes} classes, not {len(data.class_names)}")
+    content = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        content.update(tensor.cpu().numpy().tobytes())
+    settings.init = content.hexdigest()[:8]
     return net
 
-def load_init(init):
-    """A value of --init other than "none" -> a diffusion model."""
-    if init == "shapes":
-        init = Path(__file__).parent / "assets/diffusion.pt"
-    elif init == "edm":
-        init = fid.download(*EDM)
-        print("EDM's weights are CC BY-NC-SA 4.0: no commercial use, nor of models made from them")
-    # One of EDM's (ECT's load, too, but are tuned already), or one of ours.
-    if Path(init).suffix == ".pkl":
-        weights, arguments = load_edm(init)
-        net = UNet(**arguments)
-        if weights.keys() != net.state_dict().keys():
-            raise InputError(f"{init}: its network is not EDM's DDPM++")
-        net.load_state_dict(weights)
-        return net
-    state = load_checkpoint(init)
-    if state["phase"] != "diffusion":
-        raise InputError(f"--init {init}: tuned already, give a diffusion model")
-    return load_network(state)
-
 if __name__ == "__main__":
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")       # a terminal may lack a letter
     main()
