@@ -14,9 +14,8 @@ segments as in MCM: the two papers combined. (Ours.)
 
     t, r      [B], noise levels, 0 <= r < t
     stage     how far the curriculum is: 0, 1, 2, ..., a number or [B]
-    q         2 or 256: each stage divides t - r by it
-    k, b      8 and 1: where t is small, n(t) makes t - r up to 5 times larger
-    c         0: rounds the norm near 0 (pseudo-Huber), in units of a whole image
+    q; k, b   2 or 256, each stage divides t - r by it; 8 and 1, n(t) falls from 5 to 1
+    c         0, rounds the norm near 0 (pseudo-Huber), in units of a whole image
 """
 import torch
 
@@ -67,12 +66,12 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     target = mcm.consistency_target(denoise, z_r, z_t, t, r, edge, mcm.edm)
 
     # (4) The two guesses are compared where they land, at the edge. A jump from z_t lands at
-    #     x_hat + edge / t (z_t - x_hat), so there they differ by (1 - edge / t) times their
-    #     difference in x. This also keeps the loss finite: just above an edge r is the edge, and
-    #     (1 - edge / t) |d| / (t - edge) is |d| / t.
+    #     x_hat + edge / t (z_t - x_hat), so they differ by (1 - edge / t) times what they differ
+    #     in x. So the loss is finite just above an edge: there r = edge, and
+    #     (1 - edge / t) |d| / (t - edge) = |d| / t.
     difference = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.
     square = (difference**2).reshape(len(x), -1).sum(1)
-    t_minus_r = (t - r).clamp(min=1e-9 * t)     # from q^(stage + 1) = 2^24 on, r rounds to t: 0 / 0
+    t_minus_r = (t - r).clamp(min=1e-9 * t)     # r may round to t: 0 / 0
     return mcm.pseudo_huber(square, c) / t_minus_r

@@ -4,19 +4,15 @@
     python fid.py samples train --features random --n 1000    # any images, no download
 
 First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 NHWC) or cifar10
-(its training set). The real ones may also be statistics of Inception's features that another
-program saved, an .npz with mu and sigma.
-
-A published FID has four parts: the Inception graph of 2015, TensorFlow 1's resize, n = 50,000 and
-the unbiased covariance. With fewer images it is too large: about 30 at n = 2,000, even between real
-images. This error is proportional to 1/n + 1/N for n images against N. So beside a distance stands
-its floor, that of n real images from n others, where the error is 2/n. A perfect model, measured
-against all N, has (1/n + 1/N) / (2/n) of the floor. (With fewer than 2 n real images, the floor is
-that of their two halves.)
+(its training set). A published FID has four parts: the Inception graph of 2015, TensorFlow 1's
+resize, n = 50,000 and the unbiased covariance. With fewer images it is too large: about 30 at
+n = 2,000, even between real images. This bias is proportional to 1/n + 1/N for n images against N.
+So beside a distance stands its floor, n real images against n others, with a bias of 2/n. (Or two
+halves of the real images, if there are fewer.) A perfect model has (1/n + 1/N) / (2/n) of it.
 
 "Moves features by", below, is the largest change in any feature (they reach 39).
 """
-import argparse, math, os, sys, zipfile, zlib
+import argparse, contextlib, pickle, sys, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,15 +31,25 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 class InputError(ValueError):
     """A mistake that the user can mend: one line that names it and the remedy."""
 
+# What is raised over a file that is damaged, of another program, or not there.
+DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+           TypeError, ValueError, pickle.PickleError, zipfile.BadZipFile, zlib.error)
+
+@contextlib.contextmanager
+def refuse(message, kinds=DAMAGED):
+    """`with refuse(message):` around what opens a file: a failure gets that message."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"{message} ({error})") from error
+
 def download(url, sha256):
     """The path of url's file in torch's cache, where it is downloaded if it is not there."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with refuse(f"{path}: put {url} there"):
             torch.hub.download_url_to_file(url, path, sha256)   # checks it, then renames it
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path} ({error}): put {url} there") from error
     return path
 
 # ---- Inception -----------------------------------------------------------------------------------
@@ -57,28 +63,25 @@ def resize_tf1(images):
     larger = F.interpolate(padded, size=(300, 300), mode="bilinear", align_corners=True)
     return larger[:, :, :299, :299].float()
 
-# TensorFlow's graph differs from torchvision's in its pooling branches. Its averages leave the
-# padding out (counting it moves features by 2.5), and the last block has a maximum instead of an
-# average (by 9.6).
-def uncount_padding(module, inputs):
-    """Before a branch_pool: sums over 3x3, all divided by 9 -> divided by the pixels inside."""
-    pooled, = inputs
-    share_inside = F.avg_pool2d(torch.ones_like(pooled[:1, :1]), 3, stride=1, padding=1)
-    return pooled / share_inside
+# TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave the padding
+# out (counting it moves features by 2.5). The last block has a maximum (an average: by 9.6).
+def uncount_padding(branch_pool, inputs):
+    """Sums over 3x3 pixels, divided by 9 -> divided by the number of them inside the image."""
+    share_inside = F.avg_pool2d(torch.ones_like(inputs[0]), 3, stride=1, padding=1)
+    return inputs[0] / share_inside
 
 class LastBlock(inception.InceptionE):
-    def forward(self, x):               # [N, 2048, H, W] -> [N, 2048, H, W]
-        others = super().forward(x)[:, :-192]               # all channels but the pool's
+    def forward(self, x):               # [N, 2048, H, W], the last 192 of them the pool's
         pooled = self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))
-        return torch.cat([others, pooled], 1)
+        return torch.cat([super().forward(x)[:, :-192], pooled], 1)
 
 class InceptionFID(inception.Inception3):
     """uint8 [N, 3, H, W] -> [N, 2048]. Its state dict has the keys of the published weights."""
     def __init__(self):
         super().__init__(1008, aux_logits=False, init_weights=False)
-        for block in self.children():
-            if hasattr(block, "branch_pool"):
-                block.branch_pool.register_forward_pre_hook(uncount_padding)
+        for name, part in self.named_modules():
+            if name.endswith("branch_pool"):
+                part.register_forward_pre_hook(uncount_padding)
         self.Mixed_7c = LastBlock(2048)
         self.eval()
 
@@ -105,7 +108,6 @@ def random_features(images):
     """
     x = images.float() / 127.5 - 1
     rng = np.random.default_rng(2)
-
     # The mean colours of the four quarters, then log energies at full and at half size.
     features = [F.adaptive_avg_pool2d(x, 2).flatten(1)]
     for scale, weight in ((1, 24), (2, 8)):
@@ -123,38 +125,35 @@ def load_extractor(features, example, device="cpu"):
     """"inception", "random" or a TorchScript file -> a function, uint8 [N, 3, H, W] -> [N, d].
     It is tried on an example, images of that shape, before any work.
     """
-    if features == "random":
-        net = random_features
-    elif features == "inception":       # so a file of this name is "./inception", and no FID
+    net = random_features
+    if features == "inception":         # so a file of this name is "./inception", and no FID
         net = InceptionFID().to(device, torch.float32)
         net.load_state_dict(torch.load(download(*INCEPTION), device, weights_only=True))
         net.fold()
-    else:
-        try:
-            net = torch.jit.load(features, device).eval()
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"--features {features}: not found, or no TorchScript") from error
 
+    # In float32: not in TF32, torch's default for convolutions, nor in a caller's autocast.
+    @torch.inference_mode()
+    @torch.autocast(torch.device(device).type, enabled=False)
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def extractor(images):
-        # In float32: not in TF32, torch's default for convolutions, nor in a caller's autocast.
-        with (torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=False),
-              torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
-            return net(images.to(device)).flatten(1).cpu()
-    try:
+        return net(images.to(device)).flatten(1).cpu()
+
+    with refuse(f"--features {features}: no TorchScript file for such images"):
+        if features not in ("inception", "random"):
+            net = torch.jit.load(features, device).eval()
         extractor(example)
-    except (RuntimeError, AttributeError, IndexError) as error:
-        raise InputError(f"--features {features}: fails on such images ({error})") from error
     return extractor
 
 def features_of(images, extractor, rows=None):
-    """uint8 images [N, 3, H, W], a tensor or `Files`, and which of them (None: all) -> [n, d]."""
+    """Images, as read_images gives them, and which of them (None: all) -> [n, d]."""
     if rows is None:
         rows = torch.arange(len(images))
+    batches = rows.split(250 if torch.cuda.is_available() else 16)          # what is fast
     features = []
-    for batch in rows.split(250 if torch.cuda.is_available() else 16):      # what is fast
-        features.append(extractor(images[batch]))
+    for batch in batches:
+        features.append(extractor(batch_of(images, batch)))
         if getattr(sys.stderr, "isatty", bool)():           # a notebook's stderr may lack it
-            print(f"{len(features) * len(batch)} of {len(rows)}", end="\r", file=sys.stderr)
+            print(f"features: {len(features)} of {len(batches)}", end="\r", file=sys.stderr)
     return torch.cat(features)
 
 # ---- Statistics and distance ---------------------------------------------------------------------
@@ -199,26 +198,32 @@ def metric_name(features, n):
 
 # ---- Images --------------------------------------------------------------------------------------
 def read_images(source):
-    """A folder, an .npz or "cifar10" -> uint8 [n, 3, H, W], labels int64 [n], class names.
-    The images are a tensor or `Files`. InputError for what cannot be read, with its name.
+    """A folder, an .npz or "cifar10" -> images, labels int64 [n], class names.
+    The images are uint8 [n, 3, H, W], or the paths of n files, which may not all fit into memory:
+    see batch_of. The label of a file is its folder. InputError for what cannot be read.
     """
     path = Path(source)
     if source == "cifar10":
-        try:
+        with refuse(f"data/{CIFAR10.filename}: put {CIFAR10.url} there"):
             data = CIFAR10("data", download=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"data/{CIFAR10.filename}: put {CIFAR10.url} there") from error
         images, labels = data.data, np.array(data.classes)[data.targets]
     elif path.suffix == ".npz":
-        arrays = read_npz(path)
+        with refuse(f"{path}: not a readable .npz"):
+            arrays = dict(np.load(path))                            # runs no pickles
         images = arrays.get("arr_0", np.zeros(0))
         labels = arrays.get("arr_1", np.zeros(images.shape[:1]))
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
             raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
-        images = Files(path)
-        labels = images.labels
-    if not isinstance(images, Files):
+        files = list(files_below(path, set())) if path.is_dir() else []
+        kinds = Image.registered_extensions()
+        images = [file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN]
+        if not images:
+            raise InputError(f"{path}: no folder with images, no .npz and not cifar10")
+        if len(images) < len(files):
+            print(f"{source!a}: {len(files) - len(images)} files are no images")
+        labels = [file.relative_to(path).parent.as_posix() for file in images]
+    if isinstance(images, np.ndarray):
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
 
     # Labels, names or numbers, become 0, 1, 2, ... in sorted order. One class is no class.
@@ -226,109 +231,66 @@ def read_images(source):
     names = [str(name) for name in classes] if len(classes) > 1 else []
     return images, torch.from_numpy(labels), names
 
-def read_npz(path):
-    """An .npz -> a dict of its arrays."""
-    try:
-        return dict(np.load(path))                                  # runs no pickles
-    except (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a readable .npz, write it anew") from error
-
-def files_below(path):
-    """The files in a folder and below, sorted, without hidden ones. Links are followed."""
-    def refuse(error):
-        raise error
-    def is_shown(name):
-        return not name.startswith(".") and name != "__MACOSX"
-
-    files, seen = [], set()
-    for place, folders, names in os.walk(path, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:            # by another link, or by one that leads back up
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(filter(is_shown, folders))          # where os.walk goes next
-        files += [Path(place, name) for name in filter(is_shown, names)]
-    return sorted(files)
-
-class Files:
-    """The images in a folder, decoded when asked for: files[rows] -> uint8 [B, 3, H, W].
-    So they need not fit into memory. The label of each is the folder that it lies in.
+def files_below(folder, seen):
+    """Yields the files in a folder and below, sorted: through links, but none that is hidden.
+    seen: a set of the folders that were read, so that a link cannot lead in a circle.
     """
-    def __init__(self, path):
-        kinds = Image.registered_extensions()
-        files = files_below(path)
-        self.files = [file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN]
-        if not self.files:
-            raise InputError(f"{path}: no folder with images, no .npz and not cifar10")
-        if len(self.files) < len(files):
-            print(f"{str(path)!a}: {len(files) - len(self.files)} files are no images")
-        self.labels = [file.relative_to(path).parent.as_posix() for file in self.files]
-        self.shape = (len(self.files), *self.decode(self.files[0]).shape)
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name == "__MACOSX":
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in seen:
+            yield from files_below(path, seen)
 
-    def __len__(self):
-        return len(self.files)
+def decode(file):
+    """An image's path -> uint8 [3, H, W]."""
+    # Over a damaged file Pillow raises whatever it likes.
+    with refuse(f"{file} cannot be read", Exception), Image.open(file) as image:
+        if image.mode.startswith(("I", "F")):               # Pillow would clip these
+            raise ValueError("more than 8 bits a channel")
+        return np.array(image.convert("RGB")).transpose(2, 0, 1)
 
-    def __getitem__(self, rows):
-        files = [self.files[row] for row in rows.tolist()]
-        with ThreadPoolExecutor(4) as pool:
-            images = list(pool.map(self.decode, files))
-        for file, image in zip(files, images):
-            if image.shape != self.shape[1:]:
-                raise InputError(f"{file} is {image.shape}, not {self.shape[1:]}")
-        return torch.from_numpy(np.stack(images))
-
-    def decode(self, file):
-        """A file's path -> uint8 [3, H, W]."""
-        try:
-            with Image.open(file) as image:
-                if image.mode.startswith(("I", "F")):       # Pillow would clip these
-                    raise ValueError("more than 8 bits a channel")
-                return np.array(image.convert("RGB")).transpose(2, 0, 1)
-        except Exception as error:      # over a damaged file Pillow raises whatever it likes
-            raise InputError(f"{file} cannot be read ({error})") from error
+def batch_of(images, rows):
+    """Images of read_images, and which of them -> uint8 [B, 3, H, W]. Files are decoded here."""
+    if torch.is_tensor(images):
+        return images[rows]
+    files = [images[row] for row in rows.tolist()]
+    with ThreadPoolExecutor(4) as pool:
+        batch = list(pool.map(decode, files))
+    for file, image in zip(files, batch):
+        if image.shape != batch[0].shape:
+            raise InputError(f"{file} is {image.shape}, but {files[0]} is {batch[0].shape}")
+    return torch.from_numpy(np.stack(batch))
 
 def main(arguments=None):
     """The command line: images to judge and real ones -> one line with the distance."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     parser.add_argument("a", help="images to judge: a folder, an .npz or cifar10")
-    parser.add_argument("b", help="real images: the same, or an .npz with mu and sigma")
+    parser.add_argument("b", help="real images: the same")
     parser.add_argument("--features", default="inception", help="or random, or TorchScript")
     parser.add_argument("--n", type=int, default=50_000, help="images of a to use")
     args = parser.parse_args(arguments)
     try:
-        images = read_images(args.a)[0]
+        images, real_images = read_images(args.a)[0], read_images(args.b)[0]
         n = min(args.n, len(images))
-        if n < 2:
-            raise InputError(f"--n {args.n}: needs 2 images or more in {args.a}")
+        if n < 2 or len(real_images) < 4:
+            raise InputError(f"--n {args.n}: needs 2 images or more in {args.a}, 4 in {args.b}")
+        first, first_real = [batch_of(x, torch.arange(2)) for x in (images, real_images)]
+        if args.features != "inception" and first.shape != first_real.shape:
+            raise InputError(f"{args.a} and {args.b} have images of different sizes")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        extractor = load_extractor(args.features, images[torch.arange(2)], device)
-
-        # The real images, or their statistics.
-        arrays = read_npz(args.b) if args.b.endswith(".npz") else {}
-        if {"mu", "sigma"} <= arrays.keys():
-            reference, floor = (arrays["mu"], arrays["sigma"]), math.nan
-            if args.features != "inception" or reference[0].shape != (2048,):
-                raise InputError(f"{args.b}: its statistics are of {reference[0].shape} features, "
-                                 f"needs --features inception, which has (2048,)")
-        else:
-            real_images = read_images(args.b)[0]
-            if len(real_images) < 4:
-                raise InputError(f"{args.b}: needs 4 images or more")
-            if args.features != "inception" and real_images.shape[2:] != images.shape[2:]:
-                raise InputError(f"{args.a} and {args.b} have images of different sizes")
-            real = features_of(real_images, extractor)
-            reference, floor = moments(real), floor_of(real, n)
+        extractor = load_extractor(args.features, first, device)
 
         # Of the images to judge, n are drawn, always the same.
         made = features_of(images, extractor, shuffled(len(images))[:n])
-        distance = frechet_distance(*moments(made), *reference)
+        real = features_of(real_images, extractor)
+        distance, floor = frechet_distance(*moments(made), *moments(real)), floor_of(real, n)
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"{metric_name(args.features, n)} {distance:.4f}, floor {floor:.4f}, n {n}, "
           f"features {args.features!a}, real images {args.b!a}")
 
 if __name__ == "__main__":
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")       # a terminal may lack a letter
     main()

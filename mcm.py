@@ -1,10 +1,10 @@
 """Multistep Consistency Models (Heek, Hoogeboom, Salimans, arXiv 2403.06807) in one file.
 
-A diffusion model's f guesses the clean image in a noisy one: an average of all that it could be.
-So its sampler, DDIM, takes many small steps, each with a new guess. A consistency model's f
-returns the x with which a single DDIM jump lands where all those steps would end. That is hard to
-learn. Between the two lies a dial: cut time into N segments, and let f jump to the lower edge of
-its own segment. N = 1 is a consistency model, N = infinity a diffusion model.
+A diffusion model's f guesses the average clean image, so its sampler, DDIM, takes many small steps,
+each with a new guess. A consistency model's f gives the x with which a single DDIM jump lands where
+all those steps would end. That is hard to learn. Between the two lies a dial: cut time into N
+segments, and let f jump to the lower edge of its own. N = 1 is a consistency model, N = infinity a
+diffusion model.
 
     t = 0               1/2             1
         |---+---+---+---|---+---+---+---|       N = 2 segments, n = 4 teacher steps in each, T = 8
@@ -13,9 +13,8 @@ its own segment. N = 1 is a consistency model, N = infinity a diffusion model.
                         <-------                the jump with f's x at s, the reference
                         <-----------            the jump with f's x at t, which must land there too
 
-In the drawing step = 1, the upper segment, and n_rel = 3: t = 7/8, s = 6/8, t_step = 4/8.
-
-Symbols (B is the number of samples, "..." any shape, such as C, H, W):
+In the drawing step = 1 and n_rel = 3, so t = 7/8, s = 6/8, t_step = 4/8. The symbols (B samples, "..."
+stands for any shape, such as C, H, W):
     MCM's paper    ECT's paper    here          shape           what it is
     x              x              x             [B, ...]        a clean image, in [-1, 1]
     epsilon        epsilon        eps           [B, ...]        unit Gaussian noise
@@ -26,14 +25,12 @@ Symbols (B is the number of samples, "..." any shape, such as C, H, W):
     student_steps  1              N, steps      int or [B]      segments, and sampling steps
     T(i)           -              T             [] or [B]       teacher steps in all of [0, 1], n N
     T / N          -              n             [] or [B]       teacher steps in one segment, whole
-    step           -              step          [B]             which segment, 0 .. N - 1
-    n_rel          -              n_rel         [B]             which teacher step in it, 1 .. n
+    step, n_rel    -              step, n_rel   [B]             which segment, which step in it
     f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     x_hat, the x that DDIM jumps with
     -              -              D(x, sigma)   -> [B, ...]     EDM's: its x is image + sigma eps
     x_teacher      -              x_teacher     [B, ...]        the x of the DDIM step to s
     x_var          -              x_var         [B]             variance that x_teacher lacks
     x_ref          f(x_r, r)      x_ref         [B, ...]        f's guess at s, without gradient
-All is computed sample by sample. Only draw_times is random.
 """
 import math
 
@@ -89,8 +86,8 @@ def inv_ddim(z_s, z_t, t, s, schedule=cosine):
 def addim(x, z_t, t, s, x_var, schedule=cosine):
     """Algorithm 3, adjusted DDIM, with eq. (14) -> z_s [B, ...].
     A diffusion model's x is the mean of all images that z_t may come from, so DDIM loses their
-    variance around it. aDDIM makes the noise a little longer to put it back. x_var, a number or
-    [B], is the missing variance per element. With x_var = 0 this is ddim.
+    variance. aDDIM makes the noise a little longer to put it back. x_var, a number or [B], is the
+    variance per element that x lacks. With x_var = 0 this is ddim.
     """
     alpha_t, sigma_t = alpha_sigma(schedule, t, z_t)
     alpha_s, sigma_s = alpha_sigma(schedule, s, z_t)
@@ -103,8 +100,8 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
 # ---- Times, in cosine's [0, 1] -------------------------------------------------------------------
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i) at iteration i: the teacher steps in all of [0, 1], log-linear from start to end.
-    f learns upward from a segment's lower edge: it is right at t once it is right at s. With few
-    steps this is fast but inexact, because a teacher step is straight. So T starts small and grows.
+    f can be right at t once it is right at s, so it learns upward from a segment's lower edge. With
+    few long steps this is fast, but they are inexact. So T starts small.
     """
     progress = min(max(i / anneal, 0.0), 1.0)
     return start * (end / start) ** progress
@@ -216,7 +213,7 @@ def conditioned(denoise, steps=None, **condition):
 def segment_of(sigma, steps):
     """Which of the N segments of cosine's t holds the noise level sigma / alpha [B] -> int64 [B].
     A level on an edge belongs to the segment below it. The 1e-4 (of a segment) allows for a level
-    that was rounded up, so there may be up to 10,000 teacher steps in a segment.
+    that was rounded up. So a segment may have 10,000 teacher steps, but not more.
     """
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
     return (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1).long() - 1

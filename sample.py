@@ -6,9 +6,8 @@
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
-Noise and images are [B, ...]. Images are on the scale of [-1, 1], not clipped. A sampler's state
-is float64, because float32 errors add up at sigma = 80. The network gets the noise's dtype, and so
-has the result.
+Noise and images are [B, ...], images on the scale of [-1, 1], not clipped. A sampler's state is
+float64, because float32 errors add up at sigma = 80. Network and result have the noise's dtype.
 
     python sample.py --steps 2                               # a model that comes with the code
     python sample.py --steps 2 --prompt "green square"       # the same, told what to draw
@@ -112,8 +111,7 @@ def sample_batch(net, sampler, steps, noise, labels=None):
 
 def generate(net, sampler, steps, numbers, seed=0, labels=None):
     """Images of a train_cifar.UNet -> uint8 [n, C, H, W] on the CPU.
-    numbers: int64 [n], which images: the noise of each depends on (seed, its number) alone.
-    labels: int64 [n] or None.
+    numbers: int64 [n]: the noise of an image depends on (seed, its number) alone. labels: [n].
     """
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1
@@ -145,7 +143,7 @@ def main(arguments=None):
         help="tuned.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
     add("--steps", type=number(int, 1, 1000), help="default: the most that the model is for")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
-    add("--prompt", help="draw this class (default: all in turn); one that is not there lists them")
+    add("--prompt", help="draw this class; default: all in turn")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
     add("--seed", type=number(int, 0, 2**32), default=0)
     args = parser.parse_args(arguments)
@@ -154,7 +152,8 @@ def main(arguments=None):
         if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
             raise InputError(f"--out {args.out}: needs a .png or .npz in an existing folder")
         state = train_cifar.load_checkpoint(args.checkpoint)
-        names, sampler, own_steps = state["class_names"], state["sampler"], state["steps"]
+        names, own_steps = state["class_names"], state["steps"]
+        sampler = train_cifar.SAMPLERS[state["method"]]
         # "multistep" works only in the numbers of steps that the network was trained for.
         steps = args.steps or max(own_steps)
         if sampler == "multistep" and steps not in own_steps:
@@ -165,10 +164,9 @@ def main(arguments=None):
         parser.error(str(error))
 
     labels = None
-    if args.prompt is not None:
-        labels = torch.full((args.n,), names.index(args.prompt))
-    elif names:
-        labels = torch.arange(args.n) % len(names)
+    if names:
+        chosen = range(len(names)) if args.prompt is None else [names.index(args.prompt)]
+        labels = torch.tensor(chosen)[torch.arange(args.n) % len(chosen)]
     net = train_cifar.load_network(state)
     images = generate(net, sampler, steps, torch.arange(args.n), args.seed, labels)
     with train_cifar.atomic(args.out) as part:

@@ -1,693 +1,1096 @@
-"""Tests: limits and closed forms, the peers' own numbers, and the programs as a user runs them.
+"""What the method guarantees, in the method's order: the name of each test is its claim.
 
-No network and no GPU is needed. What needs ../shared or a GPU is skipped where there is none.
+"eq." and "Algorithm" are those of MCM's paper. No network and no GPU is needed. What needs a GPU,
+or ../shared (arrays that the authors' own code computed), is skipped where there is none. A few of
+those numbers stand here, so that a clone guards itself.
 """
-import argparse, collections, copy, hashlib, itertools, json, math, os, pickle, re, shlex, shutil
-import signal, sys, types, zlib
+import argparse, collections, copy, hashlib, io, json, math, os, pickle, re, shlex, shutil
+import signal, struct, sys, threading, types, zlib
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import scipy
 import torch
-from numpy import allclose
 from PIL import Image
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ect, fid, mcm, sample, train_cifar
 from fid import InputError
-from mcm import alpha_sigma, mean_per_sample, per_sample
+from mcm import alpha_sigma, cosine, edm, mean_per_sample, per_sample
 
 HERE = Path(__file__).parent
-FIXTURES = HERE.parent / "shared" / "fixtures"
-needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="../shared/fixtures is absent")
+FIXTURES = HERE.parent / "shared/fixtures"
+parametrize = pytest.mark.parametrize
+needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="../shared is absent")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 torch.set_num_threads(1)                # for small tensors threads mostly wait for each other
 train_cifar.DEVICE = torch.device("cpu")            # the tests that want a GPU say so
 
-def randn(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+def close(actual, expected, rtol=1e-6, atol=1e-8):
+    """torch.testing.assert_close, also for arrays, lists and numbers, compared in float64."""
+    __tracebackhide__ = True
+    actual = torch.as_tensor(actual, dtype=torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64).broadcast_to(actual.shape)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
-# All times t > s >= t_step (here E, for edge) that are multiples of 1/32, with 0 and 1.
-GRID = torch.combinations(torch.arange(34), 3) - torch.tensor([0, 1, 1])
-E, S, T = (GRID.double() / 32).T.contiguous()
-X, EPS = randn(2, len(T), 2, 3)         # data and noise
-V = 0.3                                 # the variance of Gaussian data
-
-def D(x, sigma, w=0.8):
-    """The fixtures' stand-in for a network; in these tests also any f(z, t)."""
-    scale = per_sample((sigma**2 + 0.25).rsqrt(), x)
-    return scale**2 / 4 * x + per_sample(sigma, x) / 2 * scale * torch.tanh(w * scale * x)
-
-def gaussian(x, sigma, V=V):
-    """The denoiser of Gaussian data of variance V."""
-    return x * per_sample(V / (V + sigma**2), x)
-
-def exact(x, sigma, segment, N):
-    """Its consistency function: a jump ends where the flow x ~ (V + sigma^2)^1/2 ends it."""
-    step = segment.double() - N * (N - 1) // 2
-    alpha, edge = mcm.cosine(step / N)
-    edge = edge / alpha
-    x_edge = x * per_sample((V + edge**2) / (V + sigma**2), x) ** 0.5
-    return mcm.inv_ddim(x_edge, x, sigma, edge, mcm.edm)
+def randn(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 def load(name):
-    arrays = np.load(FIXTURES / name).items()
-    return {key: a if a.dtype.kind == "U" else torch.tensor(a) for key, a in arrays}
+    """A fixture's arrays, as tensors."""
+    arrays = np.load(FIXTURES / name)
+    return {key: torch.tensor(arrays[key]) for key in arrays if arrays[key].dtype.kind != "U"}
+
+# ---- Schedules and steps -------------------------------------------------------------------------
+# A schedule gives alpha and sigma at t. DDIM moves a noisy image from t to s with a guess x of the
+# clean one. It must be right for a right guess, and invertible. aDDIM adds the variance that x
+# lacks, and nothing else. All is computed sample by sample.
+
+# The papers' symbols, for the tests of the first three sections. The times are all t > s >= t_step
+# that are multiples of 1/16, and x and eps are data and noise, [816, 2, 3].
+TIMES = (torch.combinations(torch.arange(18), 3) - torch.tensor([0, 1, 1])).double() / 16
+t_step, s, t = TIMES.T.contiguous()
+x, eps = randn(2, len(t), 2, 3)
+on_both_schedules = parametrize("schedule", [cosine, edm])
+
+def noisy(t, schedule=cosine):
+    """x at t, on its straight path to eps."""
+    alpha, sigma = alpha_sigma(schedule, t, x)
+    return alpha * x + sigma * eps
+
+def stand_in(x, sigma, w=0.7):
+    """The fixtures' stand-in for a network D(x, sigma). Here it also stands for any f(z, t)."""
+    scale = per_sample((sigma**2 + 0.25).rsqrt(), x)
+    out = torch.tanh(w * scale * x)
+    return 0.25 * scale**2 * x + 0.5 * per_sample(sigma, x) * scale * out
+
+def test_cosine_preserves_the_variance():
+    alpha, sigma = cosine(torch.linspace(0, 1, 1001))
+    close(alpha**2 + sigma**2, 1.0)
+
+def test_the_noise_level_of_cosine_rises_from_0002_to_80():
+    alpha, sigma = cosine(torch.linspace(0, 1, 10_001))
+    ratio = sigma / alpha
+    close(ratio[[0, -1]], [0.002, 80], rtol=1e-4)
+    assert ratio.diff().min() > 0
+
+@on_both_schedules
+def test_ddim_with_the_true_image_stays_on_its_path(schedule):
+    """Eq. (4)."""
+    z_s = mcm.ddim(x, noisy(t, schedule), t, s, schedule)
+    close(z_s, noisy(s, schedule))
+
+@on_both_schedules
+def test_inverse_ddim_finds_the_x_of_a_step(schedule):
+    """Eq. (5)."""
+    found = mcm.inv_ddim(noisy(s, schedule), noisy(t, schedule), t, s, schedule)
+    close(found, x)
+
+@on_both_schedules
+def test_addim_is_ddim_if_no_variance_is_missing(schedule):
+    z_s = mcm.addim(x, noisy(t, schedule), t, s, 0.0, schedule)
+    close(z_s, noisy(s, schedule))
+
+@on_both_schedules
+def test_addim_lengthens_the_noise_by_the_missing_variance(schedule):
+    """Algorithm 3 with eq. (14). Here t is also the variance that is missing."""
+    alpha_t, sigma_t = alpha_sigma(schedule, t, x)
+    alpha_s, sigma_s = alpha_sigma(schedule, s, x)
+    missing = (alpha_s - alpha_t * sigma_s / sigma_t).flatten() ** 2 * t
+    before = mean_per_sample((sigma_s * eps) ** 2)
+    noise = mcm.addim(x, noisy(t, schedule), t, s, t, schedule) - alpha_s * x
+    close(mean_per_sample(noise**2), before + missing)
+
+def test_addim_is_finite_where_there_is_no_noise():
+    alpha, sigma = alpha_sigma(cosine, t, x)
+    assert mcm.addim(x, alpha * x, t, s, 1.0).isfinite().all()
+
+def test_a_batch_of_two_is_two_batches_of_one():
+    def run(rows):
+        x_, eps_, t_, s_, t_step_ = [value[rows] for value in (x, eps, t, s, t_step)]
+        mcd = mcm.consistency_loss(stand_in, x_, eps_, t_, s_, t_step_, teacher=gaussian)
+        segmented = ect.ect_loss(stand_in, x_, eps_, t_, 1, c=0.06, edges=ect.segment_edges(3))
+        return torch.stack([mcd, segmented])
+    alone = [run([100]), run([700])]
+    close(run([100, 700]), torch.cat(alone, 1), rtol=1e-12)
+
+def test_a_batch_may_be_empty():
+    assert mean_per_sample(torch.zeros(0, 3, 8, 8)).shape == (0,)
+
+def test_times_are_exact_for_images_in_bfloat16():
+    """In bfloat16, cosine's last noise level would be 62."""
+    alpha, sigma = alpha_sigma(cosine, 1.0, torch.zeros(2, 3).bfloat16())
+    close(sigma / alpha, 80.0, rtol=1e-4)
+
+# ---- Times and the loss --------------------------------------------------------------------------
+# A segment has n whole teacher steps. t is the upper end of one of them, s its lower end. f must
+# learn the x that jumps from z_t to where the reference's jump from z_s ends, at t_step. At the
+# edge this is the data itself, with one segment a consistency model, with n = 1 a diffusion model.
+
+def test_teacher_steps_grow_log_linearly():
+    T = [mcm.teacher_steps(i) for i in (-1, 0, 50_000, 200_000)]
+    close(T, [64, 64, (64 * 1280) ** 0.5, 1280])
+
+whole_steps = parametrize("N, T, n", [(1, 24, 24), (2, 25, 12), (8, 22, 3), (8, 3, 1)])
+
+@whole_steps
+def test_every_teacher_step_of_every_segment_is_drawn(N, T, n):
+    u = torch.cartesian_prod(torch.arange(N) / N, torch.arange(n) / n).T + 1e-4
+    t, s, t_step = mcm.draw_times(N * n, torch.full((N * n,), N), T, u=u)
+    close(t * N * n, torch.arange(N * n) + 1, rtol=1e-5)
+    close(t_step * N, torch.arange(N).repeat_interleave(n))
+
+@whole_steps
+def test_s_is_one_teacher_step_below_t_and_exact_on_an_edge(N, T, n):
+    u = torch.rand(2, 4096)
+    t, s, t_step = mcm.draw_times(4096, N, T, u=u)
+    close((t - s) * n * N, 1.0, atol=1e-4)
+    assert s.eq(t_step).equal(u[1] * n < 1)
+
+def test_times_do_not_depend_on_the_default_dtype():
+    """In bfloat16, s would often be t."""
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        t, s, t_step = mcm.draw_times(1000, 2, 1280)
+        sigma = ect.draw_t(2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (s < t).all()
+    assert sigma.dtype == torch.float32
+
+@parametrize("N, T", [(1, 8192), (3, 64), (8, 1280), (64, 8192)])
+def test_the_network_is_told_the_segment_that_its_time_was_drawn_in(N, T):
+    """Also where t is the segment's upper edge, and the noise level was rounded up."""
+    t, s, t_step = mcm.draw_times(10_000, N, T)
+    alpha, sigma = cosine(t)
+    for rounding in (1.0, 1.000001):
+        segment = mcm.segment_of(sigma / alpha * rounding, N)
+        assert segment.equal((t_step * N).round().long())
+
+def test_a_row_stands_for_the_number_of_segments_and_the_segment():
+    ends = torch.tensor([0.0, 1e9])
+    rows = [mcm.segment_row(ends, N).tolist() for N in (1, 2, 3, 4)]
+    assert rows == [[0, 0], [1, 2], [3, 5], [6, 9]]
+
+def test_f_is_the_denoiser_at_the_same_noise_level():
+    alpha, sigma = alpha_sigma(cosine, t, x)
+    f = mcm.make_f(stand_in)
+    close(f(eps, t), stand_in(eps / alpha, (sigma / alpha).flatten()))
+
+@on_both_schedules
+def test_at_the_edge_the_target_is_the_data(schedule):
+    """Eq. (8): what a diffusion model learns."""
+    z_t, z_s = noisy(t, schedule), noisy(s, schedule)
+    target = mcm.consistency_target(stand_in, z_s, z_t, t, s, s, schedule)
+    close(target, x)
+
+@on_both_schedules
+def test_above_the_edge_the_target_lands_where_the_reference_lands(schedule):
+    above = s > t_step
+    z_t, z_s = noisy(t, schedule), noisy(s, schedule)
+    target = mcm.consistency_target(stand_in, z_s, z_t, t, s, t_step, schedule)
+    landed = mcm.ddim(target, z_t, t, t_step, schedule)
+    reference = mcm.ddim(stand_in(z_s, s), z_s, s, t_step, schedule)
+    close(landed[above], reference[above])
+
+def test_with_one_segment_the_target_is_that_of_a_consistency_model():
+    """Song et al.: f at s, on the same path."""
+    z_t, z_s = noisy(t, edm), noisy(s, edm)
+    target = mcm.consistency_target(stand_in, z_s, z_t, t, s, 0 * t, edm)
+    close(target[s > 0], stand_in(z_s, s)[s > 0])
+
+def test_with_as_many_segments_as_teacher_steps_it_is_a_diffusion_model():
+    t, s, t_step = mcm.draw_times(1000, 8, 8)
+    assert s.equal(t_step)
+
+@on_both_schedules
+def test_the_loss_is_a_norm_with_snr_plus_1_as_weight(schedule):
+    alpha, sigma = alpha_sigma(schedule, t, x)
+    error = stand_in(noisy(t, schedule), t) - x
+    square = mean_per_sample(error**2 * (alpha**2 / sigma**2 + 1))
+    loss = mcm.consistency_loss(stand_in, x, eps, t, s, s, schedule, huber_eps=0.1)
+    close(loss, (square + 0.1**2) ** 0.5 - 0.1)
+
+def test_the_norm_has_a_slope_of_0_at_0():
+    zero = torch.zeros(1, requires_grad=True)
+    mcm.pseudo_huber(zero**2, 0.0).sum().backward()
+    assert zero.grad == 0
+
+def test_only_f_at_t_has_a_gradient():
+    """So the slope is that of a loss whose reference is held fixed."""
+    def loss(w, **more):
+        f = mcm.conditioned(stand_in, w=w)
+        return mcm.consistency_loss(f, x, eps, t, s, t_step, **more).sum()
+    w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    rise = loss(0.7 + 1e-6, f_ref=stand_in) - loss(0.7 - 1e-6, f_ref=stand_in)
+    close(torch.autograd.grad(loss(w), w)[0], rise / 2e-6)
+
+def asked_of_f(**more):
+    """What a loss asks of f: (z, time, whether gradients are on) of each call."""
+    asked = []
+    def f(z, time):
+        asked.append((z, time, torch.is_grad_enabled()))
+        return stand_in(z, time)
+    mcm.consistency_loss(f, x, eps, t, s, t_step, **more)
+    return asked
+
+def test_f_is_asked_at_s_without_gradient_then_at_t_with():
+    """And never at time 0, where a network would take the logarithm of 0."""
+    (z_s, at_s, gradient_at_s), (z_t, at_t, gradient_at_t) = asked_of_f()
+    assert at_s.equal(torch.where(s > t_step, s, t))
+    assert at_t.equal(t)
+    assert [gradient_at_s, gradient_at_t] == [False, True]
+
+def test_a_teacher_steps_with_three_quarters_of_its_squared_error():
+    z_s = asked_of_f(teacher=stand_in)[0][0]
+    x_hat = stand_in(noisy(t), t)
+    x_var = 0.75 * mean_per_sample((x_hat - x) ** 2)
+    close(z_s, mcm.addim(x_hat, noisy(t), t, s, x_var))
+
+def test_a_guided_teacher_takes_the_variance_from_its_unguided_guess():
+    z_s = asked_of_f(teacher=mcm.guided(stand_in, gaussian, weight=2.0))[0][0]
+    x_hat = stand_in(noisy(t), t)
+    x_var = 0.75 * mean_per_sample((x_hat - x) ** 2)
+    x_guided = 3 * x_hat - 2 * gaussian(noisy(t), t)
+    close(z_s, mcm.addim(x_guided, noisy(t), t, s, x_var))
+
+def gaussian(x, sigma, variance=0.3):
+    """The exact denoiser D(x, sigma) of Gaussian data."""
+    return x * per_sample(variance / (variance + sigma**2), x)
+
+def gaussian_jump(x, sigma, segment, N, variance=0.3):
+    """Its consistency function: a jump ends where the flow ends, x ~ (variance + sigma^2)^1/2."""
+    alpha, edge = cosine((segment.double() - N * (N - 1) // 2) / N)
+    edge = edge / alpha
+    shrink = ((variance + edge**2) / (variance + sigma**2)) ** 0.5
+    return mcm.inv_ddim(x * per_sample(shrink, x), x, sigma, edge, edm)
+
+@parametrize("N", [1, 2, 4])
+def test_the_exact_f_has_a_loss_that_falls_as_the_square_of_the_step(N):
+    """A DDIM step of 1/T errs by O(1/T^2). Near an edge, the jump back divides by the distance."""
+    f = mcm.make_f(gaussian_jump, steps=N, N=N)
+    losses = []
+    for n in (64, 256):
+        k = torch.arange(n * N).double()
+        t_step = (k / n).floor() / N
+        data, noise = randn(2, n * N, 64)
+        loss = mcm.consistency_loss(f, 0.3**0.5 * data, noise, (k + 1) / (n * N), k / (n * N),
+                                    t_step, teacher=mcm.make_f(gaussian), x_var_frac=0.0,
+                                    huber_eps=0.0)
+        losses.append(loss.view(N, n)[:, n // 2:].mean())
+    assert 14 < losses[0] / losses[1] < 18
+
+# ---- ECT -----------------------------------------------------------------------------------------
+# r follows t by a fixed map, which tightens stage by stage. The loss is a norm of the difference of
+# the guesses at t and r, over t - r. It must be the authors' where theirs is finite, and finite
+# everywhere. In segments (ours), r stops at the edge, and one segment is ECT.
+
+def test_r_is_that_of_the_authors():
+    sigma = torch.tensor([0.198757457, 1.15992856, 6.76922660]).double()
+    theirs = {0: [0, 0, 3.3535489], 3: [0.14156763, 0.94900700, 6.3422669],
+              7: [0.19518309, 1.1467460, 6.7425416]}
+    for stage, r in theirs.items():
+        close(ect.t_to_r(sigma, stage), r, rtol=1e-7)
+    close(ect.t_to_r(sigma, 0, q=256), theirs[7], rtol=1e-7)
+
+@needs_fixtures
+@parametrize("q", [2, 4, 256])
+def test_r_is_that_of_the_authors_at_every_stage(q):
+    data = load("ect_t_to_r.npz")
+    ours = torch.stack([ect.t_to_r(data["t"], stage, q) for stage in range(9)])
+    close(ours, data[f"r64_q{q}_sigmoid"], rtol=1e-12, atol=1e-12)
+
+def test_t_is_log_normal():
+    sigma = ect.draw_t(10_000, -1.1, 2.0, torch.Generator().manual_seed(0))
+    assert scipy.stats.kstest(sigma.log().numpy(), "norm", (-1.1, 2.0)).pvalue > 0.01
+
+def test_ects_loss_is_its_formula():
+    n = 1 + 5 / (1 + (2 * t).exp())
+    r = t * (1 - n / 3**2)
+    difference = stand_in(noisy(t, edm), t) - stand_in(noisy(r, edm), r)
+    square = (difference**2).flatten(1).sum(1)
+    loss = ect.ect_loss(stand_in, x, eps, t, stage=1, q=3, k=5, b=2, c=0.06)
+    close(loss, ((square + 0.06**2) ** 0.5 - 0.06) / (t - r))
+
+@needs_fixtures
+@parametrize("q, stage, c", [(2, 0, "0"), (2, 3, "0.06"), (2, 8, "0"), (4, 3, "0.06"),
+                                         (256, 0, "0.06"), (256, 1, "0")])
+def test_ects_loss_and_slope_are_the_authors(q, stage, c):
+    data = load("ect_loss_standin.npz")
+    w, images, noise, sigma = [data[name].double() for name in ("w", "x", "eps", "t_f64")]
+    denoise = mcm.conditioned(stand_in, w=w.requires_grad_())
+    loss = ect.ect_loss(denoise, images, noise, sigma, stage, q, c=float(c))
+    case = f"q{q}_sigmoid_s{stage}_c{c}_f64"
+    close(loss, data[f"loss_{case}"], rtol=1e-9)
+    close(torch.autograd.grad(loss.mean(), w)[0], data[f"gradw_{case}"], rtol=1e-8)
+
+@needs_fixtures
+@parametrize("stage, c, rtol", [(0, "0", 2e-4), (0, "0.06", 2e-4), (3, "0", 1e-3)])
+def test_ects_loss_of_a_network_is_the_authors(stage, c, rtol):
+    """Some samples have r = 0, where the network would be NaN."""
+    data = load("ect_loss_net.npz")
+    net = train_cifar.UNet(8)
+    net.load_state_dict(load("ect_snapshot_tiny_state.npz"))
+    sigma = (2 * data["rnd_normal"] - 1.1).exp()
+    loss = ect.ect_loss(net, data["x"], data["eps"], sigma, stage, c=float(c))
+    close(loss, data[f"loss_s{stage}_c{c}"], rtol=rtol)
+
+def test_the_weight_is_over_the_very_r_that_the_network_sees():
+    """D = ln sigma, so the loss is (ln t - ln r) / (t - r), which is 1 / t for a small t - r."""
+    sigma = torch.linspace(0.01, 80, 1000)
+    zero = torch.zeros(1000, 1)
+    loss = ect.ect_loss(lambda x, sigma: sigma.double().log()[:, None], zero, zero, sigma, 15)
+    close(loss * sigma, 1.0, rtol=1e-4)
+
+def test_ects_loss_is_finite_where_r_rounds_to_t():
+    loss = ect.ect_loss(stand_in, x.float(), eps.float(), t.float(), stage=7, q=256)
+    assert loss.isfinite().all()
+
+def test_where_r_is_0_ects_target_is_the_data():
+    loss = ect.ect_loss(stand_in, x, eps, t, stage=0, b=0)      # n = 5, and q = 2
+    close(loss * t, (stand_in(noisy(t, edm), t) - x).flatten(1).norm(dim=1))
+
+def test_ects_segments_are_equal_in_cosines_time():
+    alpha, sigma = cosine(torch.tensor([0.25, 0.5, 0.75]))
+    close(ect.segment_edges(4), sigma / alpha)
+
+def test_one_segment_is_ect():
+    loss = ect.ect_loss(stand_in, x, eps, t, 3)
+    close(ect.ect_loss(stand_in, x, eps, t, 3, edges=ect.segment_edges(1)), loss)
+
+def test_in_segments_the_places_where_the_guesses_land_are_compared():
+    edges = ect.segment_edges(4).double()
+    edge = torch.cat([torch.zeros(1), edges])[torch.searchsorted(edges, t)]
+    r = edge.maximum(ect.t_to_r(t, 3))
+    landed = []
+    for sigma in (t, r):
+        z = noisy(sigma, edm)
+        landed.append(mcm.ddim(stand_in(z, sigma), z, sigma, edge, edm))
+    distance = (landed[0] - landed[1]).flatten(1).norm(dim=1)
+    loss = ect.ect_loss(stand_in, x, eps, t, 3, edges=edges)
+    close(loss, distance / (t - r))
+
+def test_just_above_an_edge_ects_loss_is_bounded():
+    """Though its weight 1 / (t - r) is not."""
+    edges = ect.segment_edges(4).double()
+    sigma = edges[0] * (1 + 10 ** (-11 * t - 1))
+    assert ect.ect_loss(stand_in, x, eps, sigma, 3, edges=edges).max() < 50
+
+# ---- Samplers ------------------------------------------------------------------------------------
+# With an exact network a sampler must reach the right images: in one jump, or with its order of
+# accuracy. It asks at the right noise levels, in the noise's dtype, and an image depends on its
+# seed and number alone.
+
+@parametrize("N", [1, 2, 4])
+def test_multistep_with_the_exact_f_makes_the_data(N):
+    """Algorithm 2."""
+    z = randn(1000, 3)
+    f = mcm.make_f(gaussian_jump, steps=N, N=N)
+    close(sample.multistep(f, z, N), 0.3**0.5 * z, rtol=1e-4)
+
+def stable_diffusion(timestep):
+    """The schedule of a network with alphas of its own: its timesteps 0 .. 1000 as t in [0, 1]."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2
+    alphas_cumprod = torch.cat([torch.ones(1), (1 - betas).cumprod(0)])
+    square = alphas_cumprod[(timestep * 1000).round().long()]
+    return square.sqrt(), (1 - square).sqrt()
+
+@parametrize("N", [1, 2, 8])
+def test_ddim_on_stable_diffusions_alphas_keeps_what_its_closed_form_says(N):
+    """An exact network that predicts the noise of Gaussian data with variance 0.3."""
+    def f(z, t):
+        alpha, sigma = alpha_sigma(stable_diffusion, t, z)
+        predicted_noise = sigma * z / (0.3 * alpha**2 + sigma**2)
+        return (z - sigma * predicted_noise) / alpha
+    alpha, sigma = stable_diffusion(torch.arange(N, -1, -1) / N)
+    spread = 0.3 * alpha**2 + sigma**2
+    kept = (0.3 * alpha[:-1] * alpha[1:] + sigma[:-1] * sigma[1:]) / spread[:-1]
+    z = randn(100, 4)
+    close(sample.multistep(f, z, N, stable_diffusion), kept.prod() * z, rtol=1e-5)
+
+def test_addim_keeps_a_small_variance_ten_times_better_than_ddim():
+    """With the exact posterior variance. For DDIM it is an error of first order."""
+    z, small = randn(64, 10_000), 1e-4
+    f = mcm.make_f(gaussian, variance=small)
+    def posterior(alpha, sigma):
+        return small * sigma**2 / (alpha**2 * small + sigma**2)
+    errors = [abs(images.var() - small - mcm.SIGMA_MIN**2)
+              for images in (sample.addim(f, z, 8, posterior), sample.multistep(f, z, 8))]
+    assert errors[0] < 0.1 * errors[1]
+
+def test_addims_variance_is_the_papers():
+    close(sample.paper_x_var(torch.tensor(2.0), 1.0), 0.1 / 6)
+
+def test_heun_is_of_second_order():
+    z = randn(100)
+    truth = 80 * (0.3 / (0.3 + 80**2)) ** 0.5 * z
+    errors = [abs(sample.heun(gaussian, z, steps) - truth).max() for steps in (32, 64, 128)]
+    assert 3 < errors[0] / errors[1] < 5
+    assert 3 < errors[1] / errors[2] < 5
+
+def test_renoise_makes_the_authors_images():
+    """Of locuslab/ect's generator: three numbers, in one, two and three steps."""
+    latents = torch.tensor([0.33209962, 0.6448609, 0.01571346]).double()[:, None]
+    noise = torch.tensor([[0.85046473, -0.04251268, 0.72315282],
+                          [-0.12100735, -0.21589041, 0.46453619]]).double()[..., None]
+    theirs = {(80.0,): [0.11521869, 0.21353301, 0.00554838],
+              (80.0, 0.821): [0.44708863, 0.1035661, 0.33748862],
+              (80.0, 5.0, 0.821): [0.12394429, -0.10272411, 0.36355834]}
+    for sigmas, right in theirs.items():
+        made = sample.renoise(stand_in, latents, sigmas, noise)
+        close(made.flatten(), right, rtol=1e-6)
+
+class Recorder(torch.nn.Module):
+    """A network that guesses x / 1000, with label 1 twice that, and notes what it is asked."""
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.001))
+        self.image_shape = (3, 4, 4)
+        self.sigmas, self.segments, self.dtypes = [], [], set()
+
+    def forward(self, x, sigma, labels=None, segment=None):
+        self.sigmas.append(sigma[0].item())
+        self.dtypes.add(x.dtype)
+        if segment is not None:
+            self.segments.append(segment[0].item())
+        if labels is not None:
+            x = x * per_sample(1 + labels, x)
+        return self.weight.to(x) * x
+
+@parametrize("sampler, steps, sigmas, segments", [
+    ("multistep", 2, [80, 1], [2, 1]),
+    ("ddim", 2, [80, 1], []),
+    ("renoise", 1, [80], [0]),
+    ("renoise", 2, [80, 0.821], [0, 0]),
+    ("renoise", 3, [80, 3**0.5, 3**-0.5], [0, 0, 0]),
+    ("heun", 3, [80, 2.515, 2.515, 0.002, 0.002], [])])
+def test_a_sampler_asks_at_these_noise_levels_and_segments(sampler, steps, sigmas, segments):
+    net = Recorder()
+    sample.sample_batch(net, sampler, steps, randn(3, 2, 3, 4, 4))
+    close(net.sigmas, sigmas, rtol=0.03)
+    assert net.segments == segments
+
+@parametrize("dtype", [torch.float64, torch.float32])
+@parametrize("sampler", ["multistep", "ddim", "renoise", "heun"])
+def test_the_network_and_the_result_have_the_noises_dtype(sampler, dtype):
+    net = Recorder()
+    images = sample.sample_batch(net, sampler, 2, randn(2, 2, 3, 4, 4).to(dtype))
+    assert net.dtypes == {images.dtype} == {dtype}
+
+def test_an_unknown_sampler_is_an_error():
+    with pytest.raises(ValueError, match="euler"):
+        sample.sample_batch(Recorder(), "euler", 2, randn(1, 2, 3, 4, 4))
+
+def test_the_number_of_steps_may_be_numpys():
+    z = randn(5, 3)
+    assert sample.multistep(stand_in, z, np.int64(4)).equal(sample.multistep(stand_in, z, 4))
+
+def generated(numbers, sampler="ddim", seed=0, labels=None):
+    return sample.generate(Recorder(), sampler, 2, torch.tensor(numbers), seed, labels)
+
+def test_an_image_depends_on_its_seed_and_number_alone():
+    """Not on the batch that it is made in: 60 images are two batches."""
+    images = generated(range(60))
+    assert generated([55, 3]).equal(images[[55, 3]])
+    assert generated([3], seed=1).ne(images[3]).any()
+    assert len(images.unique(dim=0)) == 60
+
+@parametrize("sampler", ["multistep", "ddim", "renoise", "heun"])
+def test_each_image_is_made_with_its_own_label(sampler):
+    labels = torch.arange(60) == 55
+    changed = generated(range(60), sampler, labels=0 * labels)
+    changed = changed.ne(generated(range(60), sampler, labels=1 * labels))
+    assert changed.flatten(1).any(1).equal(labels)
+
+def test_images_are_rounded_to_grey_levels(monkeypatch):
+    x = torch.linspace(-1.5, 1.5, 48).view(1, 3, 4, 4)
+    monkeypatch.setattr(sample, "sample_batch", lambda *given: x)
+    close(generated([0]), (127.5 + 127.5 * x).clamp(0, 255), rtol=0, atol=0.5)
+
+# ---- The network ---------------------------------------------------------------------------------
+# It is EDM's to the last key, so that the published weights give the published denoiser. What is
+# new in it begins without effect. Both passes of an iteration have the same dropout mask.
 
 def small_net(**more):
     """A network away from the zeros that it starts with, always the same."""
     torch.manual_seed(0)
-    net = train_cifar.UNet(16, (1,), 1, **{"resolution": 8, "attention": (), **more})
-    torch._foreach_add_([p.data for p in net.parameters()], 0.05)
+    size = {"resolution": 8, "attention": (), **more}
+    net = train_cifar.UNet(16, (1,), 1, **size).requires_grad_(False)
+    for weight in net.parameters():
+        weight += 0.05
     return net
 
-# ---- The method ----------------------------------------------------------------------------------
+def give_weights(net):
+    """By the fixtures' rule for Inception, which will do for EDM's network: drawn by their keys."""
+    state = net.requires_grad_(False).state_dict()
+    for key, value in state.items():
+        rng = np.random.default_rng([11, zlib.crc32(key.encode())])
+        if re.search(r"(bn|norm\d?)\.weight|running_var", key):
+            drawn = rng.uniform(0.5, 1.5, value.shape)
+        elif value.ndim > 1:
+            drawn = rng.standard_normal(value.shape) * (2 / value[0].numel()) ** 0.5
+        else:
+            drawn = rng.standard_normal(value.shape) * 0.1
+        if "resample_filter" not in key:
+            value.copy_(torch.as_tensor(drawn))
+    return net
 
-def test_schedules_and_segments():
-    alpha, sigma = mcm.cosine(torch.linspace(0, 1, 10_001))
-    ratio = sigma / alpha
-    assert allclose(alpha**2 + sigma**2, 1) and alpha.gt(0).all() and ratio.diff().gt(0).all()
-    assert allclose(ratio[[0, -1]], [0.002, 80], rtol=1e-4)
-    assert mcm.edm(T)[0].eq(1).all() and mcm.edm(T)[1].equal(T)
-    for N, inside in itertools.product(range(1, 65), (1e-3, 0.5, 1.0)):
-        rows = torch.arange(N) + N * (N - 1) // 2
-        edges = ect.segment_edges(N)
-        alpha, sigma = mcm.cosine((torch.arange(N).double() + inside) / N)
-        sigma = (sigma / alpha).float()
-        # An edge (inside = 1) belongs to the segment below it, also if it was rounded up.
-        assert mcm.segment(sigma, N).equal(rows)
-        assert mcm.segment(sigma * 1.000001, torch.full((N,), N)).equal(rows)
-        assert mcm.segment(torch.tensor([0.0, 1e9]), N).equal(rows[[0, -1]])
-        for up in (1, 1 + 5e-7):
-            assert ect.lower_edge(sigma * up, edges).tolist() == [0, *edges.tolist()]
-
-@pytest.mark.parametrize("N, T, n", [(1, 24, 24), (2, 25, 12), (3, 24, 8), (8, 22, 3), (8, 3, 1)])
-def test_times(N, T, n):
-    """A function of u: n teacher steps in each segment, and s on its edge exactly."""
-    u = torch.rand(2, 4096, generator=torch.Generator().manual_seed(0))
-    times = mcm.draw_times(4096, N, T, torch.Generator().manual_seed(0))
-    assert torch.stack(times).equal(torch.stack(mcm.draw_times(4096, N, T, u=u)))
-    u[:, 0] = 0
-    t, s, t_step = mcm.draw_times(4096, torch.full((4096,), N), T, u=u)
-    step, k = (u[0] * N).floor(), (u[1] * n).floor()
-    assert allclose(t_step * N, step) and s.eq(t_step).equal(k == 0)
-    assert allclose((t - s) * n * N, 1, atol=1e-4) and allclose((s - t_step) * n * N, k, atol=1e-4)
-    T = [mcm.teacher_steps(i) for i in (-1, 0, 5e4, 2e5)]
-    assert allclose(T, [64, 64, (64 * 1280) ** 0.5, 1280])
-
-@pytest.mark.parametrize("schedule", [mcm.cosine, mcm.edm])
-def test_limits(schedule):
-    """x_var = 0 is DDIM; T = N is diffusion; N = 1 is Song et al.'s consistency loss."""
-    alpha, sigma = alpha_sigma(schedule, T, X)
-    alpha_s, sigma_s = alpha_sigma(schedule, S, X)
-    alpha_e, sigma_e = alpha_sigma(schedule, E, X)
-    z_t, z_s = alpha * X + sigma * EPS, alpha_s * X + sigma_s * EPS
-    assert allclose(mcm.ddim(X, z_t, T, S, schedule), z_s)                          # eq. (4)
-    assert allclose(mcm.inv_ddim(z_s, z_t, T, S, schedule), X, rtol=0, atol=1e-9)   # eq. (5)
-
-    # aDDIM is DDIM if no variance is missing; else eq. (14). It is finite where eps_hat = 0.
-    assert allclose(mcm.addim(X, z_t, T, S, 0.0, schedule), z_s)
-    noise = mcm.addim(X, z_t, T, S, T, schedule) - alpha_s * X
-    missing = (alpha_s - alpha * sigma_s / sigma).flatten() ** 2 * T
-    assert allclose(mean_per_sample(noise**2), mean_per_sample((sigma_s * EPS) ** 2) + missing)
-    assert mcm.addim(z_t / alpha, z_t, T, S, 1.0, schedule).isfinite().all()
-
-    # When the data leads, the target is a mean of the reference's guess and the data. Where
-    # s = t_step, it is the data. Where t_step = 0 and alpha = 1, it is the reference's guess.
-    foot = sigma_e / alpha_e
-    w = (1 - foot * alpha_s / sigma_s) / (1 - foot * alpha / sigma)
-    target = torch.where(per_sample(S > E, X), w * D(z_s, S) + (1 - w) * X, X)
-    error = (D(z_t, T) - target) * (alpha**2 + sigma**2) ** 0.5 / sigma     # the root of SNR + 1
-    loss = mcm.consistency_loss(D, X, EPS, T, S, E, schedule, huber_eps=0.01)
-    assert allclose(loss, (mean_per_sample(error**2) + 1e-4) ** 0.5 - 0.01)
-
-def test_a_batch_of_two_is_two_batches_of_one():
-    def run(x, z, t, s, e, N):
-        steps = [mcm.ddim(x, z, t, s), mcm.inv_ddim(x, z, t, s), mcm.addim(x, z, t, s, t)]
-        losses = [mcm.consistency_loss(D, x, z, t, s, e, teacher=gaussian), mcm.segment(t, N),
-                  mcm.consistency_loss(D, x, z, t, s, e), ect.ect_loss(D, x, z, t, 1, c=0.06),
-                  ect.ect_loss(D, x, z, t, 1, edges=E[-1:] / 2)]
-        return torch.stack(losses + [mean_per_sample(step) for step in steps])
-    two = [value[::4000] for value in (X, EPS, T, S, E)] + [torch.tensor([2, 4])]
-    alone = [run(*[value[i:i + 1] for value in two]) for i in (0, 1)]
-    assert allclose(run(*two), torch.cat(alone, 1), rtol=1e-12, atol=0)
-
-def test_teachers_references_and_gradients():
-    """Only f(z_t, t) has a gradient. The teacher leads, and f_ref guesses at s (TRACT)."""
-    seen = []
-    def other(z, t):
-        seen.append((z, t, torch.is_grad_enabled()))
-        return D(z, t)
-    def loss(w, teacher=other, **more):
-        f = mcm.conditioned(D, w=w)
-        return mcm.consistency_loss(f, X, EPS, T, S, E, teacher=teacher, **more)
-
-    w = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-    mcd = loss(w)
-    rise = loss(0.8 + 1e-6, f_ref=other) - loss(0.8 - 1e-6, f_ref=other)    # both held fixed
-    assert allclose(torch.autograd.grad(mcd.sum(), w)[0], rise.sum() / 2e-6, rtol=1e-6)
-    assert mcd.equal(loss(w, f_ref=other)) and not mcd.allclose(loss(w, f_ref=gaussian))
-    (z_t, t, grad_t), (z_s, s, grad_s) = seen[-3:-1]
-    assert t.equal(T) and s.equal(torch.where(S > E, S, T))
-    assert not grad_t and not grad_s            # so that no activations are kept
-
-    # The teacher's step is an aDDIM step with 3/4 of the guess's squared error. A guided teacher
-    # leads by one guess, and the variance is that of the other.
-    x_hat = D(z_t, T)
-    x_var = 0.75 * mean_per_sample((x_hat - X) ** 2)
-    assert allclose(z_s, mcm.addim(x_hat, z_t, T, S, x_var))
-    x_guided, x_cond = mcm.guided(D, gaussian, 2.0)(z_t, T)
-    assert allclose(x_guided, 3 * x_hat - 2 * gaussian(z_t, T)) and x_cond.equal(x_hat)
-    assert loss(w, lambda z, t: (D(z, t), X)).equal(loss(w, x_var_frac=0.0))
-    zero = torch.zeros(1, requires_grad=True)
-    assert torch.autograd.grad(mcm.pseudo_huber(zero**2, 0.0), zero)[0] == 0
-
-@pytest.mark.parametrize("N", [1, 2, 4])
-def test_gaussian_data(N):
-    """One DDIM step of 1/T errs by O(1/T^2), so the exact f has that loss far from the edge.
-
-    The jump back divides by the distance to the edge: next to it, the loss is O(1/T).
-    """
-    f = mcm.make_f(exact, steps=N, N=N)
-    far, near = [], []
-    for n in (64, 256):
-        k, (x, eps) = torch.arange(n * N).double(), randn(2, n * N, 64)
-        t, s, t_step = (k + 1) / (n * N), k / (n * N), (k / n).floor() / N
-        loss = mcm.consistency_loss(f, V**0.5 * x, eps, t, s, t_step, x_var_frac=0.0,
-                                    teacher=mcm.make_f(gaussian), huber_eps=0.0)
-        far.append(loss.view(N, n)[:, n // 2:].mean())
-        near.append(loss[0])
-    assert 14 < far[0] / far[1] < 18 and 3 < near[0] / near[1] < 5
-
-    # It samples N(0, V), and with ECT's fresh noise it keeps the variance.
-    z = randn(10_000, 3)
-    assert allclose(sample.multistep(f, z, N), V**0.5 * z, rtol=1e-4)
-    fresh = sample.renoise(mcm.conditioned(exact, 1, N=1), z, [80, 1])
-    assert abs(fresh.var() - V) < 0.01
-
-def test_addim_and_heun():
-    """With the exact posterior variance, one aDDIM step's error is -c cot(a_t) cot(a_s) times
-    DDIM's to first order (c: the data's variance, a: cosine's angles), so it pays for a small c."""
-    c, z = 1e-4, randn(64, 10_000)
-    f = mcm.make_f(gaussian, V=c)
-    alpha, sigma = mcm.cosine(0.0)
-    def posterior(a, s):
-        return c * s**2 / (a**2 * c + s**2)
-    errors = [abs(z_0.var() - alpha**2 * c - sigma**2)
-              for z_0 in (sample.addim(f, z, 8, posterior), sample.multistep(f, z, 8))]
-    assert errors[0] < 0.1 * errors[1]
-    assert allclose(sample.paper_x_var(2.0, 1.0), 0.1 / 6)
-    truth = 80 * (V / (V + 80**2)) ** 0.5 * z
-    errors = [abs(sample.heun(gaussian, z, n) - truth).max() for n in (32, 64, 128)]
-    assert 3 < errors[0] / errors[1] < 5 and 3 < errors[1] / errors[2] < 5      # second order
-
-class Recorder(nn.Module):
-    """A network that guesses x / 2 and keeps what it is asked."""
-    def __init__(self):
-        super().__init__()
-        self.guess = nn.Parameter(torch.tensor(0.5))
-        self.image_shape, self.sigmas, self.segments = (3, 4, 4), [], []
-
-    def forward(self, x, sigma, labels=None, segment=None):
-        self.sigmas.append(sigma[0].item())
-        if segment is not None:
-            self.segments.append(segment[0].item())
-        return self.guess.to(x) * x
-
-@pytest.mark.parametrize("sampler, steps, sigmas, segments", [
-    ("heun", 3, [80, 2.515, 2.515, 0.002, 0.002], []), ("ddim", 2, [80, 1], []),
-    ("renoise", 1, [80], [0]), ("renoise", 2, [80, 0.821], [0, 0]),
-    ("renoise", 3, [80, 3**0.5, 3**-0.5], [0, 0, 0]), ("multistep", 2, [80, 1], [2, 1])])
-def test_what_samplers_ask_and_one_noise_for_each_image(sampler, steps, sigmas, segments,
-                                                        monkeypatch):
-    """An image depends on (seed, number) alone, not on the batch that it is made in."""
-    batches, sample_batch = [], sample.sample_batch
-    def recorded(*given):
-        batches.append(sample_batch(*given))
-        return batches[-1]
-    monkeypatch.setattr(sample, "sample_batch", recorded)
-    net = Recorder()
-    images = sample.generate(net, sampler, steps, 8)
-    assert allclose(net.sigmas, sigmas, rtol=0.03) and net.segments == segments
-    assert images.sub(batches[0].clamp(-1, 1) * 127.5 + 127.5).abs().max() <= 0.5
-    assert images.shape == (8, 3, 4, 4)
-    assert torch.corrcoef(batches[0].flatten(1)).fill_diagonal_(0).abs().max() < 0.7
-    sample.generate(net, sampler, steps, 127)               # in two batches
-    assert batches[1][:8].equal(batches[0]) and not batches[2].allclose(batches[1][:2])
-    sample.generate(net, sampler, steps, 8, seed=1)
-    assert not batches[3].allclose(batches[0])
-
-def test_labels_reach_every_sampler_in_order():
-    net, noise = small_net(classes=3, segments=3), randn(2, 1, 3, 8, 8).float()
-    for sampler in ("multistep", "renoise", "ddim", "heun"):
-        cat, dog = (sample.sample_batch(net, sampler, 2, noise, torch.eye(3)[[i]]) for i in (0, 1))
-        assert not cat.allclose(dog)
-    images = [sample.generate(net, "ddim", 1, 127, labels=labels)       # in two batches
-              for labels in (torch.zeros(127).long(), (torch.arange(127) > 100).long())]
-    assert images[0].ne(images[1]).flatten(1).any(1).equal(torch.arange(127) > 100)
-
-def test_times_stay_exact_for_noise_in_bfloat16():
-    net = Recorder()
-    z = sample.multistep(mcm.make_f(net, steps=8), torch.zeros(2, 3).bfloat16(), 8)
-    alpha, sigma = alpha_sigma(mcm.cosine, 1.0, z)
-    assert allclose(sigma / alpha, 80, rtol=1e-4)
-    assert allclose(net.sigmas[0], 80, rtol=1e-4) and z.dtype == torch.bfloat16
-    assert net.segments == list(range(35, 27, -1))
+def test_the_network_is_edms_in_a_few_numbers():
+    """Computed when it gave all of the fixtures' numbers, see the next test."""
+    images = torch.arange(6144).double().sin().view(2, 3, 32, 32)
+    net = give_weights(train_cifar.UNet(32, classes=10))
+    x_hat = net(images, torch.tensor([0.3, 5.0]), torch.tensor([3, -1]))
+    close(x_hat[:, 0, 5, 5:9], [[0.879199, 0.620031, -0.038088, -0.380589],
+                                 [0.224672, 1.059486, 0.830963, 0.658010]], rtol=0, atol=1e-4)
 
 @needs_fixtures
-def test_ect_mapping_and_generator():
-    data = load("ect_t_to_r.npz")
-    t = data["t"]
-    for q, (k, kind), i in itertools.product((2, 4, 256), ((8, "sigmoid"), (0, "const")), range(9)):
-        r, r32 = ect.t_to_r(t, i, q, k), ect.t_to_r(t.float(), i, q, k)
-        assert allclose(r, data[f"r64_q{q}_{kind}"][i], rtol=1e-12, atol=1e-12)
-        assert allclose(r32, data[f"r32_q{q}_{kind}"][i], rtol=3e-7, atol=1e-6)
-    data = load("ect_generator_standin.npz")
-    for n in (1, 2, 3):
-        sigmas = [80.0, *data[f"mid_t_{n}step"]]
-        x = sample.renoise(mcm.conditioned(D, w=data["w"]), data["latents"], sigmas, data["noise"])
-        assert allclose(x, data[f"out_{n}step_f64"], rtol=0, atol=1e-10)
+@parametrize("kind, classes", [("uncond", 0), ("cond", 10)])
+def test_the_network_is_edms(kind, classes):
+    io = load(f"edm_{kind}_ch32_io.npz")
+    net = train_cifar.UNet(32, classes=classes, augment_dim=9).requires_grad_(False)
+    net.load_state_dict(load(f"edm_{kind}_ch32_state.npz"))
+    labels = io["class_labels"].argmax(1) if classes else None
+    close(net(io["x"], 1.5, labels), io["D_scalar_sigma"], rtol=0, atol=5e-5)
+    raw = net.model(io["x"] * per_sample((io["sigma"] ** 2 + 0.25).rsqrt(), io["x"]),
+                    io["sigma"].log() / 4, labels)
+    close(raw, io["F"], rtol=0, atol=3e-5)
 
-@needs_fixtures
-def test_ect_loss():
-    """The authors' losses and slopes where theirs are finite. Ours are finite everywhere."""
-    data = load("ect_loss_standin.npz")
-    cases = re.findall(r"losshp_(q(\d+)_(\w+)_s(\d)_c(\S+))", " ".join(data))
-    assert len(cases) > 20
-    dtypes = torch.float64, torch.float32
-    for (case, q, kind, stage, c), dtype in itertools.product(cases, dtypes):
-        q, k, stage = int(q), 8 * (kind == "sigmoid"), int(stage)
-        w, x, eps, t = [data[key].to(dtype) for key in ("w", "x", "eps", "t_f64")]
-        denoise = mcm.conditioned(D, w=w.requires_grad_())
-        loss = ect.ect_loss(denoise, x, eps, t, stage, q, k, c=float(c))
-        slope = torch.autograd.grad(loss.mean(), w)[0]
-        assert loss.isfinite().all() and slope.isfinite()
-        if dtype == torch.float64 and q ** (stage + 1) <= 65536:
-            assert allclose(loss.detach(), data[f"loss_{case}_f64"], rtol=1e-9)
-            assert allclose(slope, data[f"gradw_{case}_f64"], rtol=1e-8)
-        elif dtype == torch.float32 and stage == 0:
-            rtol = 5e-5 if q == 2 else 1.5e-2
-            assert allclose(loss.detach(), data[f"losshp_{case}"], rtol=rtol)
-
-@needs_fixtures
-def test_ect_loss_of_a_network():
-    data = load("ect_loss_net.npz")
-    net = train_cifar.UNet(8)
-    net.load_state_dict(load("ect_snapshot_tiny_state.npz"))
-    x_hat = net(data["precond_x"], data["precond_sigma"]).detach()
-    assert allclose(x_hat, data["D_train"], atol=3e-5)
-    weights = [net.get_parameter(name) for name in data["param_names"]]
-    t = (2 * data["rnd_normal"] - 1.1).exp()        # some have r = 0, where the network is NaN
-    for stage, c, rtol in [(0, "0", 2e-4), (0, "0.06", 2e-4), (3, "0", 1e-3)]:
-        loss = ect.ect_loss(net, data["x"], data["eps"], t, stage, c=float(c))
-        norms = [gradient.norm() for gradient in torch.autograd.grad(loss.mean(), weights)]
-        assert allclose(loss.detach(), data[f"loss_s{stage}_c{c}"], rtol=rtol)
-        assert allclose(norms, data[f"gradnorm_s{stage}_c{c}"], rtol=2e-3)
-
-def test_ect_in_segments():
-    """Both guesses are carried to the lower edge and compared there."""
-    t, edges = ect.draw_t(len(T)).double(), ect.segment_edges(4).double()
-    assert allclose(edges, np.tan(np.pi / 8 * np.arange(1, 4)), rtol=0.03)
-    n = 1 + 5 / (1 + (2 * t).exp())
-    assert allclose(ect.relative_gap(t, 2, 3, 5, 2), n / 27)
-    n = 1 + 8 / (1 + t.exp())
-    edge = ect.lower_edge(t, edges)
-    r = edge.maximum(t * (1 - n / 2**4))
-    z_t, z_r = X + per_sample(t, X) * EPS, X + per_sample(r, X) * EPS
-    d = mcm.ddim(D(z_t, t), z_t, t, edge, mcm.edm) - mcm.ddim(D(z_r, r), z_r, r, edge, mcm.edm)
-    loss = ((d**2).flatten(1).sum(1) + 0.06**2) ** 0.5 - 0.06
-    assert allclose(ect.ect_loss(D, X, EPS, t, 3, c=0.06, edges=edges), loss / (t - r))
-    assert ect.ect_loss(D, X, EPS, t, 3).equal(ect.ect_loss(D, X, EPS, t, 3, edges=edges[:0]))
-
-    # So the loss stays bounded near an edge, though its weight 1 / (t - r) does not.
-    near = edges[0] * (1 + torch.logspace(-12, -1, len(T)).double())
-    assert ect.ect_loss(D, X, EPS, near, 3, edges=edges).max() < 50
-    assert allclose(torch.std_mean(ect.draw_t(10**6).log()), [2, -1.1], rtol=0.01)
-
-# ---- The network ---------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("device, backend, atol", [         # inductor is slow on a CPU
-    ("cpu", "aot_eager", 1e-6), pytest.param("cuda", "inductor", 1e-3, marks=needs_gpu)])
-def test_dropout_is_one_mask(device, backend, atol):
-    """The mask is a function of (seed, layer, element), compiled or not, alone or in a batch."""
-    net, x = small_net(dropout=0.5).to(device), randn(2, 3, 8, 8).to(device)
-    seed = torch.tensor([5, 6], device=device)
-    for run in (net, torch.compile(net, backend=backend)):
-        once, again, other = (run(x, 1.0, seed=u) for u in (seed, seed, seed + 1))
-        assert once.equal(again) and not once.allclose(other)
-        assert once[1:].allclose(net(x[1:], 1.0, seed=seed[1:]), atol=atol)
-    assert net(x, 1.0).equal(small_net()(x.cpu(), 1.0).to(device))      # no seed, no dropout
-    ones, seeds = torch.ones(64, 16, 16, 16, device=device), torch.arange(64, device=device)
-    kept, other = (train_cifar.dropout(ones, 0.2, seeds, layer).flatten(1) for layer in (3, 4))
-    assert abs(kept.mean() - 1) < 0.01 and kept.unique().tolist() == [0.0, 1.25]
-    masks = torch.cat([kept[:32], other[:32]])              # of 32 samples in 2 layers
-    assert torch.corrcoef(masks).fill_diagonal_(0).abs().max() < 0.08
-
-@needs_fixtures
-@pytest.mark.parametrize("kind, classes", [("uncond", 0), ("cond", 10)])
-def test_unet_is_edms(kind, classes):
-    io, state = load(f"edm_{kind}_ch32_io.npz"), load(f"edm_{kind}_ch32_state.npz")
-    net = train_cifar.UNet(32, classes=classes, augment_dim=9, segments=3).eval()
-    net.requires_grad_(False).load_state_dict({**net.state_dict(), **state})
-    x, sigma, labels = io["x"], io["sigma"], io.get("class_labels")
-    raw = net.model(x * per_sample((sigma**2 + 0.25).rsqrt(), x), sigma.log() / 4, labels)
-    assert allclose(raw, io["F"], atol=3e-5)
-    scalar = torch.tensor(1.5)
-    asked = dict(D=(sigma, labels), D_scalar_sigma=(scalar, labels), D_no_labels=(sigma,))
-    for name in asked.keys() & io.keys():
-        x_hat = net(x, *asked[name], segment=torch.tensor([1]))     # at first a zero embedding
-        assert allclose(x_hat, io[name], atol=5e-5), name
-    net.model.map_segment.weight += 1.0
-    assert not allclose(net(x, sigma, labels, segment=torch.tensor([1])), io["D"], atol=3e-5)
-
-def test_half_precision_is_near():
-    net = small_net(classes=2, segments=3).requires_grad_(False)
-    x = randn(2, 3, 8, 8)
-    more = dict(labels=torch.eye(2), segment=torch.tensor([0, 2]))
-    right = net(x, 1.0, **more)
-    net.dtype = torch.float16
-    error = (net(x, 1.0, **more) - right).abs().max()
-    assert right.dtype == torch.float32 and 0 < error < 0.05
-
-def test_unet_is_as_large_as_edms():
+def test_the_network_is_as_large_as_edms():
+    """55,733,891 parameters, 425 keys and 42.38 GFLOP an image."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = train_cifar.UNet(augment_dim=9)
         net.model(torch.empty(1, 3, 32, 32), torch.empty(1))
-    assert sum(p.numel() for p in net.parameters()) == 55_733_891 and len(net.state_dict()) == 425
-    assert round(counter.get_total_flops() / 1e9, 2) == 42.38
+    assert sum(p.numel() for p in net.parameters()) == 55_733_891
+    assert len(net.state_dict()) == 425
+    close(counter.get_total_flops(), 42.38e9, rtol=1e-4)
 
-# ---- One iteration: on the meta device, compiled, on a GPU ---------------------------------------
+@parametrize("channels, groups", [(32, 8), (96, 24), (128, 32), (512, 32)])
+def test_a_group_has_4_channels_or_more_and_there_are_32_at_most(channels, groups):
+    assert train_cifar.group_norm(channels).num_groups == groups
 
-CASES = [("diffusion", "--classes"), ("tuned", "--steps 1 2 4"), ("tuned", "--steps 2 --method mcd "
-         "--classes"), ("tuned", "--method ect"), ("tuned", "--method ect-segmented --steps 4")]
+def test_the_norm_adds_1e_6_to_the_variance():
+    ramp = torch.tensor([-1e-3, 1e-3]).expand(1, 16, 2)
+    close(train_cifar.group_norm(16)(ramp), ramp / 2e-6**0.5, rtol=1e-4)
+
+def test_new_embeddings_begin_without_effect():
+    """Of labels and segments: they can be added to a trained model."""
+    net = train_cifar.UNet(16, (1,), 1, 8, classes=3, segments=3)
+    net.model.dec["8x8_aux_conv"].weight.data += 1
+    x, told = randn(2, 3, 8, 8), dict(labels=torch.tensor([0, 2]), segment=torch.tensor([0, 2]))
+    before = net(x, 1.0)
+    close(net(x, 1.0, **told), before)
+    net.model.map_segment.weight.data += 1
+    assert net(x, 1.0, **told).ne(before).any()
+
+def test_the_label_minus_1_is_no_label():
+    net, x = small_net(classes=3), randn(2, 3, 8, 8)
+    assert net(x, 1.0, torch.tensor([-1, -1])).equal(net(x, 1.0))
+    assert not net(x, 1.0, torch.tensor([0, 0])).equal(net(x, 1.0))
+
+@parametrize("device, backend", [        # inductor is slow on a CPU
+    ("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=needs_gpu)])
+def test_the_dropout_mask_is_a_function_of_the_seed(device, backend):
+    """Compiled or not, alone or in a batch."""
+    net, x = small_net(dropout=0.5).to(device), randn(2, 3, 8, 8).to(device)
+    compiled, seed = torch.compile(net, backend=backend), torch.tensor([5, 6], device=device)
+    once = compiled(x, 1.0, seed=seed)
+    assert once.equal(compiled(x, 1.0, seed=seed))
+    assert not once.allclose(compiled(x, 1.0, seed=seed + 1))
+    close(once[1:], net(x[1:], 1.0, seed=seed[1:]), atol=1e-3)
+
+def test_without_a_seed_there_is_no_dropout():
+    x = randn(2, 3, 8, 8)
+    assert small_net(dropout=0.5)(x, 1.0).equal(small_net()(x, 1.0))
+
+def test_dropout_masks_are_fair_and_unlike_each_other():
+    """Of 32 samples in 2 layers."""
+    ones, seeds = torch.ones(32, 16, 16, 16), torch.arange(32)
+    kept = torch.cat([train_cifar.dropout(ones, 0.2, seeds, layer).flatten(1) for layer in (3, 4)])
+    assert kept.unique().tolist() == [0.0, 1.25]
+    close(kept.mean(1), 1.0, atol=0.03)
+    assert torch.corrcoef(kept).fill_diagonal_(0).abs().max() < 0.08
+
+def test_train_and_eval_compute_the_same():
+    net, x = small_net(dropout=0.5), randn(2, 3, 8, 8)
+    assert net.train()(x, 0.01).equal(net.eval()(x, 0.01))
+
+def test_half_precision_is_near():
+    net, x = small_net(classes=2, segments=3), randn(2, 3, 8, 8)
+    told = dict(labels=torch.tensor([0, 1]), segment=torch.tensor([0, 2]))
+    right = net(x, 1.0, **told)
+    net.dtype = torch.float16
+    error = (net(x, 1.0, **told) - right).abs().max()
+    assert 0 < error < 0.05
+
+# ---- One iteration -------------------------------------------------------------------------------
+# What it draws depends on (seed, method, iteration) alone. The loss is the one that the settings
+# name. It compiles once, mixes no devices, and does not wait for the GPU.
+
+def settings_of(line):
+    return train_cifar.read_settings(argparse.ArgumentParser(), line.split())
 
 class Iterations:
     """The iterations of train_cifar.train, small, on any device."""
-    def __init__(self, phase, options, device="cpu"):
-        options = f"--preset shapes --batch 8 --iters 10 --stages 4 {options}"
-        self.settings = train_cifar.read_settings(argparse.ArgumentParser(), options.split())
-        self.phase, self.device = phase, torch.device(device)
+    def __init__(self, line, device="cpu"):
+        self.settings = settings_of("--preset shapes --batch 8 --iters 10 --stages 4 " + line)
+        self.method, self.device = self.settings.method, torch.device(device)
         images, labels, names = train_cifar.shapes(64, 16)
-        self.data = SimpleNamespace(images=images, labels=labels, class_names=[])
-        if self.settings.classes:
-            self.data.class_names = names
+        if not self.settings.classes:
+            names = []
+        self.data = SimpleNamespace(images=images, labels=labels, class_names=names)
         with self.device:
-            self.net = small_net(resolution=16, classes=len(self.data.class_names), segments=15,
-                                 dropout=0.1)
-        self.ema, self.teacher = copy.deepcopy(self.net), copy.deepcopy(self.net).eval()
-        self.optimizer = torch.optim.RAdam(self.net.parameters(), foreach=True)
+            self.net = small_net(resolution=16, classes=len(names), segments=15, dropout=0.1)
+        self.teacher = copy.deepcopy(self.net)
+        self.net.requires_grad_(True)
 
-    def draw(self, step):
-        drawn = train_cifar.draw(self.data, self.settings, self.phase, step)
+    def draw(self, step, **changes):
+        settings = SimpleNamespace(**{**vars(self.settings), **changes})
+        drawn = train_cifar.draw(self.data, settings, self.method, step)
         return {name: value.to(self.device) for name, value in drawn.items()}
 
-    def run(self, step, drawn, step_loss=train_cifar.step_loss):
-        stage = torch.full((), step * 4 // 10, device=self.device)
-        loss = step_loss(self.net, self.teacher, self.settings, self.phase, stage, **drawn)
+    def run(self, step, loss_of=train_cifar.step_loss, **changes):
+        drawn = {**self.draw(step), **changes}
+        loss = loss_of(self.net, self.teacher, self.settings, self.method, **drawn)
         loss.mean().backward()
-        self.optimizer.step()
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
-        average(list(self.ema.parameters()), list(self.net.parameters()), 1)
+        return loss
 
-def test_the_loss_is_what_the_settings_say():
-    for phase, options in [("diffusion", "--classes"), ("tuned", "--method mcd --classes --steps 2 "
-                           "--huber-eps 0.3"), ("tuned", "--method ect --q 3 --c 7"),
-                           ("tuned", "--method ect-segmented --q 3 --c 7 --steps 3")]:
-        its = Iterations(phase, options)
-        drawn = {**its.draw(0), "seed": None}               # without dropout
-        x, eps, t, labels = drawn["x"] / 127.5 - 1, drawn["eps"], drawn["t"], drawn.get("labels")
-        f = mcm.make_f(its.net, steps=drawn.get("N"), labels=labels)
-        if phase == "diffusion":
-            right = mcm.consistency_loss(f, x, eps, t, 0 * t, 0 * t, huber_eps=1.0)
-        elif its.settings.method == "ect":
-            right = ect.ect_loss(mcm.conditioned(its.net, 1), x, eps, t, 2, q=3, c=7)
-        elif its.settings.method == "ect-segmented":
-            right = ect.ect_loss(mcm.conditioned(its.net, 3), x, eps, t, 2, q=3, c=7,
-                                 edges=ect.segment_edges(3))
-        else:
-            right = mcm.consistency_loss(f, x, eps, t, drawn["s"], drawn["t_step"], huber_eps=0.3,
-                                         teacher=mcm.make_f(its.teacher, labels=labels))
-        loss = train_cifar.step_loss(its.net, its.teacher, its.settings, phase, 2, **drawn)
-        torch.testing.assert_close(loss, right, rtol=1e-4, atol=1e-5)
+each_method = parametrize("line", [
+    "--method diffusion --classes", "--method mct --steps 1 2 4",
+    "--method mcd --classes --guidance 1", "--method ect", "--method ect-segmented --steps 4"])
 
-@pytest.mark.parametrize("phase, options", CASES)
-def test_an_iteration_mixes_no_devices_and_waits_for_none(phase, options):
+def test_each_iteration_draws_its_own_noise():
+    its = Iterations("--seed 5")
+    again, diffusion = Iterations("--seed 5"), Iterations("--seed 5 --method diffusion")
+    assert its.draw(3)["eps"].equal(again.draw(3)["eps"])
+    others = [its.draw(4), its.draw(3, seed=6), diffusion.draw(3)]
+    assert not any(drawn["eps"].equal(its.draw(3)["eps"]) for drawn in others)
+
+def test_one_label_in_ten_is_dropped():
+    drawn = Iterations("--classes").draw(0, batch=9000)
+    close(drawn["labels"].eq(-1).float().mean(), 0.1, atol=0.01)
+
+def test_mcm_draws_each_number_of_steps_and_T_that_grows_until_mid_run():
+    its = Iterations("--steps 1 4 --T 8 64")
+    for step, T in [(0, 8), (5, 64), (9, 64)]:
+        drawn = its.draw(step, batch=9000)
+        close(drawn["t"].unique() * T, torch.arange(T) + 1, rtol=1e-5)
+        assert drawn["N"].unique().tolist() == [1, 4]
+
+def test_ect_draws_log_normal_times_and_the_stage():
+    its = Iterations("--method ect --p-mean -1 --p-std 0.5")
+    assert [its.draw(step)["stage"][0].item() for step in (0, 2, 3, 9)] == [0, 0, 1, 3]
+    times = its.draw(0, batch=9000)["t"].log()
+    close(torch.stack(torch.std_mean(times)), [0.5, -1], atol=0.02)
+
+def right_loss(its, x, eps, seed, t, labels=None, stage=None, N=None, s=None, t_step=None):
+    """What step_loss should be, without dropout."""
+    x = x / 127.5 - 1
+    f = mcm.make_f(its.net, steps=N, labels=labels)
+    if its.method == "diffusion":
+        return mcm.consistency_loss(f, x, eps, t, 0 * t, 0 * t, huber_eps=1.0)
+    if its.method == "ect":
+        return ect.ect_loss(mcm.conditioned(its.net, 1), x, eps, t, stage, 3, c=7)
+    if its.method == "ect-segmented":
+        D, edges = mcm.conditioned(its.net, 4), ect.segment_edges(4)
+        return ect.ect_loss(D, x, eps, t, stage, 3, c=7, edges=edges)
+    teacher = None
+    if its.method == "mcd":
+        teacher = mcm.make_f(its.teacher, labels=labels)
+        teacher = mcm.guided(teacher, mcm.make_f(its.teacher), 1.0)
+    return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=teacher, huber_eps=0.3)
+
+@each_method
+def test_the_loss_is_the_one_that_the_settings_name(line):
+    its = Iterations(line + " --q 3 --c 7 --huber-eps 0.3")
+    its.teacher.model.map_layer0.bias += 1
+    close(its.run(3, seed=None), right_loss(its, **its.draw(3)), rtol=1e-4, atol=1e-5)
+
+@each_method
+def test_an_iteration_mixes_no_devices_and_reads_no_value(line):
     """On the meta device a CPU tensor, an .item() or a shape that depends on data raises."""
-    its = Iterations(phase, options, "meta")
-    its.run(0, its.draw(0))
+    Iterations(line, "meta").run(0)
 
-@pytest.mark.parametrize("phase, options", CASES)
-def test_ten_iterations_compile_once(phase, options):
-    """Each has other times, T and stage. A number that changes would compile again."""
+@parametrize("line", ["--method mct --steps 1 2 4", "--method ect-segmented --steps 4"])
+def test_iterations_compile_once(line):
+    """Each has another T and stage. A number that changes would compile again."""
     graphs = []
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
     torch.compiler.reset()
-    its = Iterations(phase, options)
+    its = Iterations(line)
     compiled = torch.compile(train_cifar.step_loss, fullgraph=True, backend=backend)
-    for step in range(10):
-        its.run(step, its.draw(step), compiled)
+    for step in (0, 3, 6, 9):
+        its.run(step, compiled)
     assert len(graphs) == 1
 
 @needs_gpu
-@pytest.mark.parametrize("phase, options", CASES)
-def test_no_iteration_waits_for_the_gpu(phase, options):
-    its = Iterations(phase, options + " --precision tf32", "cuda")
+@each_method
+def test_an_iteration_does_not_wait_for_the_gpu(line):
+    its = Iterations(line + " --precision fp16", "cuda")
     its.data.images, its.data.labels = its.data.images.cuda(), its.data.labels.cuda()
-    its.run(0, its.draw(0))                         # the first one may load kernels
+    its.run(0)                                      # the first one may load kernels
     try:
         torch.cuda.set_sync_debug_mode("error")
-        for step in range(1, 4):
-            its.run(step, its.draw(step))
+        its.run(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
-def test_precisions(monkeypatch):
-    """Gradients near the end of tuning, against those of float32: -s prints the README's table."""
-    net = train_cifar.load_network(train_cifar.load_checkpoint(HERE / "assets/dial.pt"))
-    x, eps = train_cifar.shapes(16)[0] / 127.5 - 1, randn(16, 3, 32, 32).float()
-    g = torch.Generator().manual_seed(0)
-    times, sigma = mcm.draw_times(16, 2, 1280, g), ect.draw_t(16, generator=g)
-
-    def gradients(dtype):                           # scaled, as fp16 needs it
-        monkeypatch.setattr(train_cifar.UNet, "dtype", dtype)
-        mct = mcm.consistency_loss(mcm.make_f(net, steps=2), x, eps, *times)
-        ect_256 = ect.ect_loss(mcm.conditioned(net, 1), x, eps, sigma, 0, q=256)
-        weights = [p for name, p in net.named_parameters() if "frequencies" not in name]
-        for loss in (mct, ect_256):
-            slopes = torch.autograd.grad(64 * loss.mean(), weights)
-            yield torch.cat([slope.flatten().double() for slope in slopes])
-
-    right, table = list(gradients(torch.float32)), {}
-    for dtype in (torch.float16, torch.bfloat16):
-        table[dtype] = [torch.cosine_similarity(slope, true, 0).item()
-                        for slope, true in zip(gradients(dtype), right)]
-        print(f"{dtype}: MCT at T = 1280, ECT at q = 256: {table[dtype]}")
-    for fp16, bf16 in zip(*table.values()):
-        assert fp16 > 0.9 > bf16
-
 # ---- FID -----------------------------------------------------------------------------------------
+# A published FID has the Inception graph of 2015, TensorFlow 1's resize, the unbiased covariance
+# and n = 50,000. Each must be right to the digit, whatever precision the host has set. Images are
+# read as they are: all that is in a folder, nothing else, and what cannot be used is named.
 
-def distance(x, y):
-    one, other = (fid.Statistics().update(torch.as_tensor(features)) for features in (x, y))
-    return fid.frechet_distance(one.mean, one.cov, other.mean, other.cov)
+def test_tensorflow_reads_at_i_times_size_over_299():
+    """On a ramp, whose last pixel is repeated."""
+    ramp = torch.arange(32.0).expand(1, 3, 16, 32)
+    places = (torch.arange(299) * 32 / 299).clamp(max=31)
+    close(fid.resize_tf1(ramp), places, atol=1e-4)
+    close(fid.resize_tf1(ramp.mT), places[:, None], atol=1e-4)
 
-def inception_weights(key, shape):
-    """The fixtures' rule."""
-    rng = np.random.default_rng([11, zlib.crc32(key.encode())])
-    if key.endswith(("bn.weight", "running_var")):
-        return torch.tensor(rng.uniform(0.5, 1.5, shape))
-    scale = 0.1 if len(shape) < 2 else (2 / np.prod(shape[1:])) ** 0.5
-    return torch.tensor(rng.standard_normal(shape) * scale)
+def test_the_resize_is_tensorflows_in_a_few_numbers():
+    """Those of torch-fidelity, at the lower right corner of an image."""
+    image = torch.zeros(1, 1, 32, 32)
+    image[0, 0, 30:, 30:] = torch.tensor([[97, 117], [107, 108]])
+    resized = fid.resize_tf1(image)[0, 0]
+    close(resized[[287, 287, 292], [287, 293, 292]], [108.738754, 110.558525, 108], atol=2e-3)
+
+@needs_fixtures
+@parametrize("size", ["32", "64x48"])
+def test_the_resize_is_tensorflows(size):
+    data = load("fid_resize.npz")
+    resized = fid.resize_tf1(data[f"img{size}"])
+    close(resized[:, :, ::13, ::13], data[f"tf1_{size}_stride13"], rtol=0, atol=2e-3)
+
+def test_inception_is_the_published_one_in_a_few_numbers():
+    """Computed when it gave all of the fixtures' numbers. Folding BatchNorm changes nothing."""
+    image = (torch.arange(3072) * 37 % 256).byte().view(1, 3, 32, 32)
+    net = give_weights(fid.InceptionFID())
+    features = net(image)
+    close(net.fold()(image), features, rtol=0, atol=5e-4)
+    close(features[0, ::400], [0.062889, 0.108475, 0.145055, 7.567828, 5.975063, 0.026454], rtol=0, atol=5e-4)
 
 @needs_fixtures
 def test_inception_is_the_published_one():
-    resize, data = load("fid_resize.npz"), load("fid_inception.npz")
-    for size in ("32", "64x48"):
-        ours = fid.resize_tf1(resize[f"img{size}"])
-        assert allclose(ours[:, :, ::13, ::13], resize[f"tf1_{size}_stride13"], rtol=0, atol=2e-3)
-        assert allclose(ours[:, :, -12:, -12:], resize[f"tf1_{size}_last12"], rtol=0, atol=2e-3)
-    keys = json.loads((FIXTURES / "fid_inception_keys.json").read_text())["keys"]
-    net = fid.InceptionFID().requires_grad_(False)
-    net.load_state_dict({key: inception_weights(key, its["shape"]) for key, its in keys.items()})
-    for net in (net, net.fold()):
-        features = net(data["img64x48"])
-        assert allclose(features, data["tfid_img64x48_2048"], rtol=0, atol=5e-4)
+    data = load("fid_inception.npz")
+    features = give_weights(fid.InceptionFID())(data["img64x48"])
+    close(features, data["tfid_img64x48_2048"], rtol=0, atol=5e-4)
+
+def test_features_are_float32_within_a_hosts_autocast(monkeypatch):
+    image = torch.zeros(1, 3, 2, 2).byte()
+    monkeypatch.setattr(fid, "random_features", lambda images: images.float().mT @ torch.eye(2))
+    extractor = fid.load_extractor("random", image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert extractor(image).dtype == torch.float32
+
+def test_random_features_are_these():
+    """All distances in the README depend on them."""
+    image = (torch.arange(3072) * 37 % 256).byte().view(1, 3, 32, 32)
+    features = fid.random_features(image)[0, [0, 11, 12, 23, 24, 35]]
+    close(features, [-0.01568627, 0.01568629, -26.53095, -21.32518, -13.97991, -15.98173], rtol=1e-4)
+
+def test_frechet_distance_of_independent_gaussians():
+    """|m1 - m2|^2 + sum (s1 - s2)^2."""
+    s1, s2, m = randn(3, 20).abs()
+    distance = fid.frechet_distance(0 * m, s1.square().diag(), m, s2.square().diag())
+    close(distance, (m**2 + (s1 - s2) ** 2).sum())
+
+def test_frechet_distance_is_that_of_scipys_matrix_root():
+    one, other = randn(2, 30, 8) * torch.arange(1, 9)
+    (mean1, cov1), (mean2, cov2) = fid.moments(one), fid.moments(other.roll(1, 1))
+    root = torch.tensor(scipy.linalg.sqrtm((cov1 @ cov2).numpy()).real)
+    right = (mean1 - mean2).square().sum() + (cov1 + cov2 - 2 * root).trace()
+    close(fid.frechet_distance(mean1, cov1, mean2, cov2), right)
+
+def test_frechet_distance_of_fewer_images_than_features():
+    mean, cov = fid.moments(randn(20, 50))
+    close(fid.frechet_distance(mean, cov, mean + 3, cov), 50 * 3**2)
 
 @needs_fixtures
 def test_frechet_distance_is_the_published_one():
     data = load("fid_frechet.npz")
-    for i in range(3):
-        pair = [data[f"{name}_pair{i}"] for name in ("mu1", "sigma1", "mu2", "sigma2")]
-        assert allclose(fid.frechet_distance(*pair), data[f"fd_pair{i}"], rtol=1e-9, atol=0)
-    few = distance(data["x_rankdef"], data["y_rankdef"])
-    assert allclose(few, data["fd_exact_rankdef"], rtol=1e-6, atol=0)
+    pair = [data[f"{name}_pair0"] for name in ("mu1", "sigma1", "mu2", "sigma2")]
+    close(fid.frechet_distance(*pair), data["fd_pair0"], rtol=1e-9)
+    few = fid.moments(data["x_rankdef"]), fid.moments(data["y_rankdef"])
+    close(fid.frechet_distance(*few[0], *few[1]), data["fd_exact_rankdef"])
 
-def test_fid_facts_and_grey_levels():
-    assert fid.metric_name("inception", 50_000) == "FID"
-    assert fid.metric_name("inception", 49_999) == "FD(inception)@49999"
-    assert fid.metric_name("random", 50_000) == "FD(random)@50000"
-    x, statistics = randn(300, 5) + 1e7, fid.Statistics()       # a mean that must not cancel
-    for part in x.split([10, 1, 289]):
-        statistics.update(part)
-    assert allclose(statistics.mean, x.mean(0)) and allclose(statistics.cov, np.cov(x.T), rtol=1e-9)
-    images = randn(200, 3, 1, 2).mul(50).add(128).byte()        # some rows; the floors
-    rows, order = torch.arange(150, 50, -1), fid.shuffled(images)
-    features = images.flatten(1).double()
-    assert allclose(fid.statistics_of(images, nn.Flatten(), rows).mean, features[rows].mean(0))
-    for n, half in ((10, 10), (150, 100)):
-        floor = distance(features[order[:half]], features[order[half:2 * half]])
-        assert allclose(fid.floor_of(images, nn.Flatten(), n), floor)
-    few = randn(20, 50)                                         # n < d
-    assert 0 <= distance(few, few) < 1e-6 and allclose(distance(few, few + 3), 50 * 3**2)
+def test_moments_are_numpys_with_a_large_mean():
+    features = randn(300, 5).float() + 1e4
+    mean, cov = fid.moments(features)
+    close(mean, features.double().numpy().mean(0), rtol=1e-12)
+    close(cov, np.cov(features.double().numpy().T), rtol=1e-9)
 
-def picture(path, colour, size=(16, 16), mode="RGB"):
+def test_the_floor_is_the_distance_of_n_real_images_from_n_others():
+    features = randn(100, 3)
+    order = fid.shuffled(100)
+    for n, half in [(10, 10), (80, 50)]:
+        one, other = features[order[:half]], features[order[half:2 * half]]
+        right = fid.frechet_distance(*fid.moments(one), *fid.moments(other))
+        close(fid.floor_of(features, n), right)
+
+@parametrize("features, n, name", [("inception", 50_000, "FID"), ("random", 50_000, "FD(random)@50000"),
+                                   ("inception", 49_999, "FD(inception)@49999")])
+def test_only_what_papers_call_fid_is_called_so(features, n, name):
+    assert fid.metric_name(features, n) == name
+
+def test_features_are_those_of_the_rows_asked_for(monkeypatch):
+    """In batches, and where a notebook has no stderr."""
+    monkeypatch.setattr(sys, "stderr", None)
+    images, rows = randn(100, 3, 2, 2), torch.arange(90, 10, -1)
+    features = fid.features_of(images, lambda batch: batch.flatten(1), rows)
+    assert features.equal(images[rows].flatten(1))
+
+def picture(path, red=0, size=(16, 16), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
+    Image.new("L", size, red).convert(mode).save(path)
 
-def test_what_is_in_a_folder(tmp_path):
-    """Images are upright, without hidden colours. What cannot be used is named."""
-    turned = Image.Exif()
-    turned[0x0112] = 3                                          # upside down
-    half = Image.new("RGB", (16, 16))
-    half.paste((200, 0, 0), (0, 0, 16, 8))
-    half.save(tmp_path / "0.png", exif=turned)
-    picture(tmp_path / "1.png", (255, 0, 0, 0), mode="RGBA")    # red that does not show
-    picture(tmp_path / "2.png", 9, mode="L")
-    picture(tmp_path / "sub/3.png", (7, 0, 0))
-    (tmp_path / "notes.txt").write_text("not an image")
-    files, labels, names = fid.read_images(str(tmp_path))
-    images = files[torch.arange(4)]
-    assert len(files) == 4 and files.shape == images.shape == (4, 3, 16, 16)
-    assert files[torch.tensor([3, 1])].equal(images[[3, 1]])
-    assert images[:, 0, 15, 0].tolist() == [200, 255, 9, 7] and images[0, 0, 0].eq(0).all()
-    assert names == [".", "sub"] and labels.tolist() == [0, 0, 0, 1]
-    for name, size, mode in [("larger.png", (32, 32), "RGB"), ("deep.png", (16, 16), "I;16")]:
-        picture(tmp_path / name, 0, size, mode)
-        with pytest.raises(InputError, match=name):
-            fid.statistics_of(fid.read_images(str(tmp_path))[0], fid.random_features)
-        os.remove(tmp_path / name)
+def red(folder):
+    """The upper left pixels of the images in a folder."""
+    images = fid.read_images(str(folder))[0]
+    return fid.features_of(images, lambda batch: batch[:, 0, 0, :1]).flatten().tolist()
 
-def test_downloads(tmp_path, monkeypatch):
-    """A file that is missing or wrong is named, with its address, and never left as if right."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    source, path = tmp_path / "there/file.pth", tmp_path / "hub/checkpoints/file.pth"
-    source.parent.mkdir()
-    url, good = source.as_uri(), b"weights" * 1000
-    asked = url, hashlib.sha256(good).hexdigest()
-    for content in (b"", good[::-1], good[:500]):
-        source.write_bytes(content)
-        with pytest.raises(InputError, match=f"file.pth.*{url}"):
-            fid.download(*asked)
-        assert not path.exists()
-    source.write_bytes(good)
-    assert fid.download(*asked) == path and fid.download(*asked).read_bytes() == good
-    path.write_bytes(good[1:])                                  # an interrupted copy
-    with pytest.raises(InputError, match=f"{path}.*{url}"):
-        fid.download(*asked)
+def test_a_folder_is_read_whole_and_nothing_else(tmp_path, capsys):
+    """Each folder is a class. Hidden ones are passed over, links followed, but not in circles."""
+    names = ["cat/.checkpoints/1.png", "__MACOSX/2.png", "cat/3.png", "dog/4.gif", "dog/5.jfif"]
+    for i, name in enumerate(names):
+        picture(tmp_path / "data" / name, 50 * i)
+    picture(tmp_path / "other/6.PNG", 250)
+    (tmp_path / "data/link").symlink_to(tmp_path / "other")
+    (tmp_path / "other/circle").symlink_to(tmp_path / "data")
+    (tmp_path / "data/notes.txt").write_text("no image")
+    images, labels, classes = fid.read_images(str(tmp_path / "data"))
+    assert classes == ["cat", "dog", "link"]
+    assert labels.tolist() == [0, 1, 1, 2]
+    assert red(tmp_path / "data") == [100, 150, 200, 250]
+    assert "1 files are no images" in capsys.readouterr().out
 
-# ---- EDM's pickles -------------------------------------------------------------------------------
+@parametrize("name, size, mode", [("larger.png", 32, "RGB"), ("deep.png", 16, "I")])
+def test_an_image_that_cannot_be_used_is_named(name, size, mode, tmp_path):
+    picture(tmp_path / "0.png")
+    picture(tmp_path / name, 0, (size, size), mode)
+    with pytest.raises(InputError, match=name):
+        red(tmp_path)
+
+def test_whatever_pillow_raises_names_the_file(tmp_path, monkeypatch):
+    picture(tmp_path / "0.png")
+    monkeypatch.setattr(Image, "open", Mock(side_effect=struct.error("bad metadata")))
+    with pytest.raises(InputError, match="0.png.*bad metadata"):
+        red(tmp_path)
+
+@parametrize("content", [b"", b"stihgew", b"weig"], ids=["empty", "wrong", "cut off"])
+def test_a_bad_download_is_named_with_its_address_and_not_kept(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "file.pth"
+    source.write_bytes(content)
+    with pytest.raises(InputError, match=f"file.pth.*{source.as_uri()}"):
+        fid.download(source.as_uri(), hashlib.sha256(b"weights").hexdigest())
+    source.write_bytes(b"weights")
+    path = fid.download(source.as_uri(), hashlib.sha256(b"weights").hexdigest())
+    assert path.read_bytes() == b"weights"
+
+# ---- EDM's files ---------------------------------------------------------------------------------
+# They are pickles: programs. Genuine ones load to the bit, only as what they say they are. Of any
+# other, nothing may run, and one line says which file it was.
 
 def asks(function, *given):
-    """Pickled, it asks that function(*given) be called."""
+    """An object that, pickled, asks that function(*given) be called."""
     return types.SimpleNamespace(__reduce_ex__=lambda protocol: (function, given))
 
-def edm_pickle(offset=0, size=(8, 8, 3, 3), stride=(72, 9, 3, 1), **changes):
-    """A file like EDM's, with one convolution and with source code that must not run."""
+def edm_pickle(offset=0, name="EDMPrecond", sigma_data=0.5, **changes):
+    """A file like EDM's, with one convolution, and with source code that must not run."""
     def module(name, **state):
-        state = {"_parameters": {}, "_buffers": {"none": None}, "_modules": {}, **state}
+        state = {"_parameters": {}, "_buffers": {}, "_modules": {}, **state}
         return asks(print, dict(module_src="open('PWNED', 'w')", class_name=name, state=state))
     storage = torch.arange(576.)._typed_storage()
-    weight = asks(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
+    weight = asks(torch._utils._rebuild_tensor_v2, storage, offset, (8, 8, 3, 3), (72, 9, 3, 1),
+                  False, {})
     conv = module("Conv2d", _parameters=collections.OrderedDict(weight=weight, bias=None))
     given = dict(model_channels=8, channel_mult=[1], dropout=0.1, label_dim=0, img_resolution=8)
     unet = module("SongUNet", _modules=dict(conv=conv), _init_kwargs={**given, **changes})
-    ema = module("EDMPrecond", _modules=dict(model=unet), sigma_data=0.5, gain=np.float64(1))
+    ema = module(name, _modules=dict(model=unet), sigma_data=sigma_data, gain=np.float64(1))
     made = pickle.dumps(dict(loss_fn=asks(getattr, ema, "forward"), ema=ema), 3)
     return made.replace(b"cbuiltins\nprint\n",
                         b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n")
 
-def test_edm_pickles_load(tmp_path, monkeypatch):
+def load_edm(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("net.pkl").write_bytes(edm_pickle())
-    weights, arguments = train_cifar.load_edm("net.pkl")
-    assert list(weights) == ["model.conv.weight"] and os.listdir() == ["net.pkl"]
+    Path("net.pkl").write_bytes(content)
+    return train_cifar.load_edm("net.pkl")
+
+def test_edms_pickle_loads_without_running_its_source(tmp_path, monkeypatch):
+    weights, arguments = load_edm(edm_pickle(), tmp_path, monkeypatch)
     assert weights["model.conv.weight"].flatten().equal(torch.arange(576.))
-    given = dict(width=8, mult=(1,), blocks=4, classes=0, dropout=0.1, resolution=8)
-    assert arguments == {**given, "augment_dim": 0}
+    assert arguments == dict(width=8, mult=(1,), blocks=4, classes=0, dropout=0.1, resolution=8,
+                             augment_dim=0)
+    assert os.listdir() == ["net.pkl"]
 
 @needs_fixtures
-@pytest.mark.parametrize("name, state", [("edm_uncond_small", "edm_uncond_ch32_state"),
-                                         ("ect_snapshot_tiny", "ect_snapshot_tiny_state")])
-def test_published_pickles_load_bit_equal(name, state):
-    made = load(f"{state}.npz")
+@parametrize("name, state", [("edm_uncond_small", "edm_uncond_ch32_state"),
+                             ("ect_snapshot_tiny", "ect_snapshot_tiny_state")])
+def test_published_pickles_load_to_the_bit(name, state):
+    right = load(f"{state}.npz")
     weights, arguments = train_cifar.load_edm(FIXTURES / f"{name}.pkl")
-    assert weights.keys() == made.keys() and all(weights[key].equal(made[key]) for key in made)
+    assert all(weights[key].equal(right[key]) for key in right)
     train_cifar.UNet(**arguments).load_state_dict(weights)
 
 RUN = b"cposix\nsystem\n\x8c\x0btouch PWNED\x85"
-HOSTILE = [
-    RUN + b"R.", RUN + b"\x81.", RUN + b"}\x92.", b"(" + RUN + b"o.", b"(iposix\nsystem\n.", b"NQ.",
-    b"\x8c\5posix\x8c\6system\x93.", b"\x82\1.", b"\x84\1\0\0\0.", b"Pposix\n.", b"}K\1Ns.", b"",
-    b"\x8c\5numpy\x8c\7dtype.x\x93.", 2 * b"cbuiltins\ngetattr\n" + b"\x8c\4eval\x86R.",
-    b"ccollections\nOrderedDict\n)\x81}\x8c\x0c__setstate__cposix\nsystem\nsb.",
-    b"ctorch.storage\n_load_from_bytes\nC\x1e" + RUN + b"R.\x85R.", b"\x8b\xff\xff\xff\x7f",
-    b"I" + b"9" * 10**5, b"]" * 10**5 + b"a.", edm_pickle(-2), edm_pickle(channel_mult=3),
-    edm_pickle().replace(b"FloatStorage", b"EvilyStorage"), pickle.dumps({"ema": {}}),
-    edm_pickle().replace(b"_init_kwargs", b"_other_names"),
-    *map(Path.read_bytes, FIXTURES.glob("edm_maliciou*[!c].pkl"))]
+HOSTILE = {
+    "calls system": RUN + b"R.", "makes an object of it": RUN + b"\x81.",
+    "with keywords": RUN + b"}\x92.", "with a mark": b"(" + RUN + b"o.",
+    "by INST": b"(iposix\nsystem\n.", "by name on the stack": b"\x8c\5posix\x8c\6system\x93.",
+    "by extension code": b"\x82\1.", "by persistent id": b"Pposix\n.",
+    "an attribute of numpy": b"\x8c\5numpy\x8c\7dtype.x\x93.",
+    "getattr of getattr": 2 * b"cbuiltins\ngetattr\n" + b"\x8c\4eval\x86R.",
+    "system as __setstate__":
+        b"ccollections\nOrderedDict\n)\x81}\x8c\x0c__setstate__cposix\nsystem\nsb.",
+    "in a storage": b"ctorch.storage\n_load_from_bytes\nC\x1e" + RUN + b"R.\x85R.",
+    "nothing": b"", "no dict": b"NQ.", "a length that is not there": b"\x8b\xff\xff\xff\x7f",
+    "a number without end": b"I" + b"9" * 10**5, "a deep list": b"]" * 10**5 + b"a.",
+    "before the storage": edm_pickle(-2), "channels that are no list": edm_pickle(channel_mult=3),
+    "another storage": edm_pickle().replace(b"FloatStorage", b"EvilyStorage"),
+    "no arguments": edm_pickle().replace(b"_init_kwargs", b"_other_names"),
+    "another preconditioning": edm_pickle(name="VPPrecond"),
+    "another sigma_data": edm_pickle(sigma_data=1.0), "no EDM": pickle.dumps({"ema": {}}),
+    **{path.stem: path.read_bytes() for path in FIXTURES.glob("edm_maliciou*[!c].pkl")}}
 
-@pytest.mark.parametrize("content", HOSTILE, ids=itertools.count())
-def test_hostile_pickles_are_refused_and_run_nothing(content, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("net.pkl").write_bytes(content)
+@parametrize("attempt", HOSTILE)
+def test_a_hostile_pickle_is_refused_and_runs_nothing(attempt, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="^net.pkl"):
-        train_cifar.load_edm("net.pkl")
-    assert os.listdir() == ["net.pkl"]
+        load_edm(HOSTILE[attempt], tmp_path, monkeypatch)
+    assert os.listdir(tmp_path) == ["net.pkl"]
 
-# ---- The programs, as a user runs them -----------------------------------------------------------
+# ---- The programs --------------------------------------------------------------------------------
+# One command does the whole job. A run that was stopped, killed or split over processes ends as one
+# that was not. What a user can get wrong is one line, before any work. Any other error keeps its
+# traceback.
 
-SHAPES_NET = train_cifar.NETS["shapes"]
-TINY = ("--preset shapes --data few.npz --init none --width 16 --pretrain-iters 6 --iters 6 "
-        "--batch 4 --save-every 2 --fd-samples 16 --seed 2147483648 ")
+TINY = ("--preset shapes --data few.npz --pretrain-iters 6 --iters 6 --batch 4 --fd-samples 16 "
+        "--seed 2147483648 ")
+NEW = "--init none --width 8 "
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where a program runs: few.npz, on which TINY takes seconds, and useless files. Offline."""
+    """Where a program runs: with 64 images of 16 pixels, and without internet."""
     monkeypatch.chdir(tmp_path)
-    tiny = dict(mult=(1, 2), blocks=1, attention=(), patch=2)
-    monkeypatch.setitem(train_cifar.NETS, "shapes", tiny)
-    monkeypatch.setattr(train_cifar.UNet, "dtype", torch.float32)     # main sets it
     monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=ConnectionError))
     monkeypatch.setattr(fid, "CIFAR10", Mock(side_effect=OSError, url="u", filename="cifar"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path.parent))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     images = train_cifar.shapes(64, 16)[0].permute(0, 2, 3, 1).numpy()
     np.savez("few.npz", images, 16 * ["cat", "dog", "dog", "dog"])
-    useless = dict(zero=images, one=images[:1], pair=images[:2], odd=images[:, 1:, 1:],
-                   float=images / 255, object=np.array([{}], dtype=object), scalar=np.uint8(1),
-                   hollow=images[:, :0, :0])
-    for name, data in useless.items():
-        np.savez(f"{name}.npz", data)
-    Path("empty").mkdir()
-    Path("text").mkdir()
-    torch.save(torch.zeros(2), "tensor.pt")
-    for name in ("text/a.png", "text.npz", "text.pkl", "text.pt"):
-        Path(name).write_text("nothing of the kind")
-    for i in range(64):
-        picture(Path(f"FOLDER/{i % 2}/{i:02}.png"), (i, 0, 0))
-    shutil.copytree("FOLDER", "mixed")
-    picture(Path("mixed/larger.png"), 0, (32, 32))
-    handlers = [(name, signal.getsignal(name)) for name in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for name, handler in handlers:
-        signal.signal(name, handler)
 
 def train(line):
     train_cifar.main((TINY + line).split())
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+def state_of(out):
+    """What a run leaves, but for its speeds: all tensors of tuned.pt, in a vector, and its table."""
+    state = checkpoint(f"{out}/tuned.pt")
+    parts = [state["net"], state["ema"], *state["optimizer"]["state"].values()]
+    table = json.loads(Path(out, "result.json").read_text())
+    for row in table:
+        del row["images_per_second"]
+    return torch.cat([value.flatten() for part in parts for value in part.values()]), table
+
+def strike(monkeypatch, **blows):
+    """At those draws of tuning the process is killed, or gets a Ctrl-C."""
+    draw = train_cifar.draw
+    def draw_or_die(data, settings, method, step):
+        blow = blows.pop(f"{method}{step}", None)
+        if blow == "kill":                              # nothing can be saved
+            raise MemoryError
+        if blow == "ctrl_c":
+            signal.raise_signal(signal.SIGINT)
+        return draw(data, settings, method, step)
+    monkeypatch.setattr(train_cifar, "draw", draw_or_die)
+
+@parametrize("method", ["mct", "mcd --classes", "ect-segmented"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(method, folder, monkeypatch):
+    """To the bit, and with the same table. The last time only the report is left."""
+    line = NEW + f"--method {method} --dropout 0.2 "
+    train(line + "--out straight")
+    name = method.split()[0]
+    strike(monkeypatch, diffusion2="ctrl_c", diffusion4="kill", **{f"{name}3": "ctrl_c"})
+    for error in (SystemExit, MemoryError, SystemExit):
+        with pytest.raises(error):
+            train(line + "--out torn")
+    for _ in range(2):
+        train(line + "--out torn")
+        tensors, table = state_of("straight")
+        assert state_of("torn")[0].equal(tensors)
+        assert state_of("torn")[1] == table
+
+def test_the_table_has_the_diffusion_model_beside_the_tuned_one(folder):
+    train(NEW + "--method ect --steps 2 1 --out run")
+    rows = [(row["method"], row["sampler"], row["steps"], row["nfe"]) for row in state_of("run")[1]]
+    assert rows == [("diffusion", "ddim", 1, 1), ("diffusion", "ddim", 2, 2),
+                    ("ect", "renoise", 1, 1), ("ect", "renoise", 2, 2), ("diffusion", "heun", 18, 35)]
+    assert Image.open("run/dial.png").size == (10 * 34 + 2, 5 * 34 + 2)     # each pixel as 2x2
+
+def test_passes_over_parts_of_a_batch_give_the_same(folder):
+    train(NEW + "--dropout 0.2 --out whole")
+    train(NEW + "--dropout 0.2 --out parts --parts 3")
+    close(state_of("parts")[0], state_of("whole")[0], rtol=1e-3, atol=1e-6)
+
+def torchrun(line, program=HERE / "train_cifar.py"):
+    """Two processes on the CPU. Raises ChildFailedError, if one of them fails."""
+    from torch.distributed.run import main
+    main(["--nproc-per-node", "2", "--master-port", "29511", str(program), *line.split()])
+
+def test_two_processes_give_what_one_gives(folder):
+    """And 7 images a batch do not divide."""
+    line = NEW + "--method mcd --classes --batch 7 --dropout 0.2 --out "
+    train(line + "one")
+    torchrun(TINY + line + "two")
+    (one, table), (two, shared) = state_of("one"), state_of("two")
+    close(two, one, rtol=1e-3, atol=1e-6)
+    close([row["distance"] for row in shared], [row["distance"] for row in table], rtol=1e-2)
+
+def test_a_ctrl_c_to_one_process_stops_both_and_the_run_goes_on(folder):
+    line = NEW + "--out "
+    Path("torn.py").write_text(f"import sys; sys.path.insert(0, '{HERE}')\n"
+                               "import pytest, test_mcm, train_cifar\n"
+                               "if train_cifar.RANK == 1:\n"
+                               "    test_mcm.strike(pytest.MonkeyPatch(), mct3='ctrl_c')\n"
+                               "train_cifar.main()\n")
+    with pytest.raises(torch.distributed.elastic.multiprocessing.errors.ChildFailedError):
+        torchrun(TINY + line + "torn", "torn.py")
+    assert checkpoint("torn/tuned.pt")["step"] == 4
+    train(line + "straight")
+    train(line + "torn")
+    close(state_of("torn")[0], state_of("straight")[0], rtol=1e-3, atol=1e-6)
+
+def test_the_average_is_a_mean_until_its_decay_is_ema(folder, monkeypatch):
+    """And tuning begins with a new one."""
+    seen, draw = [], train_cifar.draw
+    def stop_and_go(data, settings, method, step):
+        signal.raise_signal(signal.SIGINT)
+        return draw(data, settings, method, step)
+    monkeypatch.setattr(train_cifar, "draw", stop_and_go)
+    for step in range(4):
+        with pytest.raises(SystemExit):
+            train(NEW + "--ema 0.7 --out run")
+        state = checkpoint("run/diffusion.pt")
+        seen.append([state[name]["model.map_layer0.weight"] for name in ("net", "ema")])
+    weights, averages = zip(*seen)
+    close(averages[2], sum(weights[:3]) / 3, rtol=1e-4)
+    close(averages[3], 0.7 * averages[2] + 0.3 * weights[3], rtol=1e-4)
+
+def test_ctrl_c_does_what_it_did_before(folder):
+    before = signal.getsignal(signal.SIGINT)
+    train(NEW)
+    assert signal.getsignal(signal.SIGINT) is before
+
+def test_main_runs_in_a_thread(folder):
+    thread = threading.Thread(target=train, args=[NEW + "--out run"])
+    thread.start()
+    thread.join()
+    assert Path("run/result.json").exists()
 
 def refusal(program, line, capsys):
     """The one line that a program says before it ends with code 2."""
@@ -695,253 +1098,220 @@ def refusal(program, line, capsys):
     with pytest.raises(SystemExit) as stop:
         sys.modules[program].main(line.split())
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and len(error.splitlines()) == 1
+    assert stop.value.code == 2
+    assert len(error.splitlines()) == 1
     return error
 
-def state_of(out):
-    """What a run leaves, but for its speeds: the tensors of tuned.pt, and the distances."""
-    state = torch.load(f"{out}/tuned.pt", weights_only=True)
-    parts = [state["net"], state["ema"], *state["optimizer"]["state"].values()]
-    table = json.loads(Path(out, "result.json").read_text())
-    for row in table:
-        row["images_per_second"] = None
-    return [[value.numpy().tobytes() for value in part.values()] for part in parts], table
-
-@pytest.mark.parametrize("method", ["mct", "mcd --classes", "ect-segmented"])
-def test_a_run_that_died_and_went_on_is_the_run_that_did_not(method, folder, monkeypatch):
-    train(f"--out straight --method {method}")
-    blows = {("diffusion", 3): "crash", ("diffusion", 5): signal.SIGINT,
-             ("tuned", 1): "crash", ("tuned", 4): signal.SIGINT}
-    draw = train_cifar.draw
-    def deadly_draw(data, settings, phase, step):
-        blow = blows.pop((phase, step), None)
-        if blow == "crash":                             # as kill -9: nothing is saved
-            raise KeyboardInterrupt
-        if blow:
-            signal.raise_signal(blow)
-        return draw(data, settings, phase, step)
-    monkeypatch.setattr(train_cifar, "draw", deadly_draw)
-    for _ in range(4):
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            train(f"--out torn --method {method}")
-        Path("torn/.part-tuned.pt").write_bytes(b"half")        # as a death while saving leaves
-    for _ in range(2):                                  # the second time only the report is left
-        train(f"--out torn --method {method}")
-        assert state_of("straight") == state_of("torn")
-    rows = [(row["method"], row["steps"], row["nfe"]) for row in state_of("torn")[1]]
-    tuned = method.split()[0]
-    assert rows == [("diffusion", 2, 2), (tuned, 2, 2), ("diffusion", 18, 35)]
-    states = [train_cifar.load_checkpoint(f"torn/{name}.pt") for name in ("diffusion", "tuned")]
-    weights = [state["ema"]["model.map_layer0.weight"] for state in states]
-    assert not weights[0].equal(weights[1])             # the average moves
-    sample.main("torn/tuned.pt --n 5 --out x.png".split())
-    assert Image.open("x.png").size == (2 * 34 + 2, 3 * 34 + 2)     # each pixel as 2x2
-    sample.main("torn/diffusion.pt --n 5 --steps 3 --out x.npz".split())
-    assert np.load("x.npz")["arr_0"].shape == (5, 16, 16, 3)
-    made = sorted(path.name for path in Path("torn").iterdir())
-    assert made == ["dial.png", "diffusion.pt", "result.json", "tuned.pt"]
-
-def test_the_average_is_a_mean_until_its_decay_is_ema(folder, monkeypatch):
-    weights, averages = [], []
-    def save(path, data, settings, phase, step, parts):
-        for name, seen in (("net", weights), ("ema", averages)):
-            seen.append(list(parts[name].parameters())[-1].detach().clone())    # the last bias
-    monkeypatch.setattr(train_cifar, "save", save)
-    train("--save-every 1 --ema 0.7")
-    exactly = dict(rtol=1e-4, atol=0)
-    assert averages[2].allclose(sum(weights[:3]) / 3, **exactly)
-    assert averages[3].allclose(0.7 * averages[2] + 0.3 * weights[3], **exactly)
-    assert averages[6].equal(weights[6])                # tuning begins anew
-
-def test_what_sample_asks_for(folder, monkeypatch, capsys):
-    train("--out run --classes --steps 2 1 --method mcd")
-    asked = []
-    def generate(net, sampler, steps, n, seed, labels):
-        asked.append((sampler, steps, n, seed, labels.tolist()))
-        return torch.zeros(n, 3, 16, 16).byte()
-    monkeypatch.setattr(sample, "generate", generate)
-    for line in ("tuned.pt", "tuned.pt --steps 1 --seed 7", "diffusion.pt"):
-        sample.main(f"run/{line} --n 4 --out x.png".split())
-    assert asked == [(*case, [0, 1, 0, 1]) for case in
-                     [("multistep", 2, 4, 0), ("multistep", 1, 4, 7), ("heun", 18, 4, 0)]]
-    assert "cat" in capsys.readouterr().out
-    assert "--steps" in refusal("sample", "run/tuned.pt --steps 4", capsys)
-
-    # The report samples with the labels of real images, also where they are sorted by class.
-    np.savez("sorted.npz", np.load("few.npz")["arr_0"], np.sort(np.load("few.npz")["arr_1"]))
-    asked.clear()
-    train("--out sorted --classes --data sorted.npz --fd-samples 100")
-    labels = asked[-1][-1]
-    assert len(labels) == 100 and 15 < 100 - sum(labels) < 35 and 1 < 16 - sum(labels[:16]) < 8
-
-def test_what_an_iteration_draws(folder):
-    """New noise each time, one in ten without its label, T from 8 to 64 in half of the run."""
-    settings = train_cifar.read_settings(argparse.ArgumentParser(), (TINY + "--classes").split())
-    settings.batch, settings.steps, settings.T = 9000, [1, 4], [8, 64]
-    data, draws = train_cifar.load_data(settings), []
-    for phase, step, T in (("diffusion", 0, None), ("diffusion", 1, None), ("tuned", 0, 8),
-                           ("tuned", 3, 64)):
-        drawn = train_cifar.draw(data, settings, phase, step)
-        draws.append(drawn["eps"].sum().item())
-        assert allclose(drawn["labels"].mean(0), [0.9 / 4, 0.9 * 3 / 4], atol=0.02)
-        if T:
-            t = (drawn["t"] * T).round()
-            assert allclose(drawn["t"] * T, t) and len(t.unique()) == T
-            assert drawn["N"].unique().tolist() == [1, 4]
-            assert not drawn["t_step"][drawn["N"] == 1].any()
-    settings.seed = settings.seed - 1
-    draws.append(train_cifar.draw(data, settings, "tuned", 3)["eps"].sum().item())
-    assert len(set(draws)) == 5
-
-def test_another_command_is_refused_by_a_run(folder, capsys):
-    """The same command goes on. Other settings or data do not, and both values are named."""
-    train("--out run")
-    last = torch.load("run/tuned.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"]
-    assert allclose(last, 2e-3 / 6)                     # the rate has fallen
+@parametrize("line, before, now", [("--steps 4", "[2]", "[4]"), ("--classes", "False", "True"),
+                                   ("--data labels.npz", "few.npz-", "labels.npz-")])
+def test_a_run_does_not_go_on_with_other_settings_or_data(line, before, now, folder, capsys):
+    train(NEW + "--out run")
     np.savez("labels.npz", np.load("few.npz")["arr_0"], 32 * ["cat", "dog"])
-    for line, before, now in [("--steps 4", "[2]", "[4]"), ("--classes", "False", "True"),
-                              ("--data labels.npz", "few.npz-", "labels.npz-")]:
-        error = refusal("train_cifar", TINY + "--out run " + line, capsys)
-        assert line.split()[0] in error and before in error and now in error
-    for line in ("--init run/tuned.pt", "--init run/diffusion.pt --classes"):       # made without
-        assert "--init" in refusal("train_cifar", TINY + line, capsys)
-    shutil.move("labels.npz", "few.npz")
-    assert "begun with few.npz-" in refusal("train_cifar", TINY + "--out run", capsys)
-    os.remove("run/tuned.pt")                           # as in the first phase
-    assert "--steps" in refusal("train_cifar", TINY + "--out run --steps 4", capsys)
+    error = refusal("train_cifar", TINY + NEW + "--out run " + line, capsys)
+    assert f"{line.split()[0]}:" in error
+    assert re.search(re.escape(before) + ".*" + re.escape(now), error)
 
-def test_presets(monkeypatch, capsys):
-    """cifar10 where there are a GPU and its files. A preset's model fits its own data alone."""
-    def read(line):
-        settings = train_cifar.read_settings(argparse.ArgumentParser(), line.split())
-        return settings.preset, settings.init
-    assert read("") == ("shapes", "shapes") and "no GPU" in capsys.readouterr().out
-    for line in ("--width 16", "--classes", "--data x"):
-        assert read(line)[1] == "none" and read(line + " --init a.pt")[1] == "a.pt"
+def test_a_model_is_known_by_its_weights_not_its_path(folder, capsys):
+    train(NEW + "--out run")
+    shutil.copy("run/diffusion.pt", "moved.pt")
+    train("--init run/diffusion.pt --out tuned")
+    train("--init moved.pt --out tuned")
+    state = checkpoint("moved.pt")
+    state["ema"]["model.map_layer0.bias"] += 1
+    torch.save(state, "moved.pt")
+    assert "--init" in refusal("train_cifar", TINY + "--init moved.pt --out tuned", capsys)
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(folder, monkeypatch):
+    strike(monkeypatch, mct3="ctrl_c")
+    with pytest.raises(SystemExit, match="iteration 4"):
+        train(NEW + "--out run")
+    loss_of = train_cifar.step_loss
+    monkeypatch.setattr(train_cifar, "step_loss", lambda *a, **k: loss_of(*a, **k) * math.nan)
+    with pytest.raises(SystemExit, match="iteration 6: .*not finite.*run/tuned.pt"):
+        train(NEW + "--out run")
+    assert checkpoint("run/tuned.pt")["step"] == 4
+
+def test_an_overflow_of_fp16_is_one_iteration_skipped(folder, monkeypatch):
+    factors, loss_of = [1] * 6 + [math.inf] + [1] * 5, train_cifar.step_loss
+    monkeypatch.setattr(train_cifar, "step_loss", lambda *a, **k: loss_of(*a, **k) * factors.pop(0))
+    train(NEW + "--precision fp16 --out run")
+    state = checkpoint("run/tuned.pt")
+    assert state["optimizer"]["state"][0]["step"] == 5
+    assert state["scaler"]["scale"] == 2**15
+
+@parametrize("place, name", [(train_cifar.UNet, "forward"), (train_cifar.DDPMpp, "__init__")])
+def test_a_mistake_in_the_code_keeps_its_traceback(place, name, folder, monkeypatch):
+    monkeypatch.setattr(place, name, lambda self, *given, **more: misspelt)
+    with pytest.raises(NameError):
+        train(NEW)
+
+TRAIN_REFUSES = [
+    ("--T 8 9000", "--T"), ("--width 20", "--width"), ("--fd-samples 9", "--fd-samples"),
+    ("--steps 0", "--steps"), ("--steps x", "--steps"), ("--steps", "--steps"),
+    ("--method dog", "--method"), ("--batch 0", "--batch"), ("--lr nan", "--lr"),
+    ("--lr -1", "--lr"), ("--ema 2", "--ema"), ("--what", "--what"), ("--iters 1.5", "--iters"),
+    ("--precision fp8", "--precision"), ("--T 4", "--T"), ("--seed -1", "--seed"),
+    ("--preset big", "--preset"), ("--init nowhere", "nowhere"), ("--p-mean nan", "--p-mean"),
+    ("--method ect --q 256 --stages 3", "--stages"), ("--stages 2000", "--stages"),
+    ("--method ect-segmented --steps 1 2", "ect-segmented"), ("--guidance 1", "--guidance"),
+    ("--parts 5", "--batch"), ("--width 8", "--width"), ("--init text.npz", "text.npz"),
+    ("--init text.pkl", "text.pkl"), ("--init text.pt", "text.pt"),
+    ("--init tensor.pt", "tensor.pt"), ("--init edm", "edm-cifar10"),
+    ("--init diffusion.pt --classes", "--classes"), ("--out text.npz/x", "text.npz"),
+    ("--features text.npz", "text.npz"), ("--features nowhere", "nowhere"),
+    ("--features inception", "inception"), ("--data zero.npz --classes", "--classes"),
+    ("--data nowhere", "nowhere"), ("--data empty", "empty"), ("--data text", "a.png"),
+    ("--data text.npz", "text.npz"), ("--data mixed", "larger"), ("--data odd.npz", "odd.npz"),
+    ("--data pair.npz", "pair.npz"), ("--data float.npz", "float"), ("--data cifar10", "cifar"),
+    ("--data object.npz", "object"), ("--data hollow.npz", "hollow"),
+    ("--data scalar.npz", "scalar")]
+SAMPLE_REFUSES = [
+    ("nowhere.pt", "nowhere.pt"), ("text.npz", "text.npz"), ("text.pt", "text.pt"),
+    ("--steps 0", "--steps"), ("--n 0", "--n"), ("--out x.jpg", "x.jpg"),
+    ("--out no/x.png", "no/x.png"), ("--seed -1", "--seed"), ("--steps 3", "--steps 3"),
+    ("--prompt dog", "--prompt dog")]
+FID_REFUSES = [
+    ("few.npz", "b"), ("few.npz few.npz --n 1", "--n 1"), ("few.npz pair.npz", "pair.npz"),
+    ("nowhere few.npz", "nowhere"), ("few.npz nowhere", "nowhere"), ("text few.npz", "a.png"),
+    ("few.npz few.npz --n x", "--n"), ("float.npz few.npz", "float.npz"),
+    ("few.npz large.npz", "sizes"), ("few.npz few.npz --features dog", "dog"),
+    ("few.npz few.npz --features inception", "inception")]
+REFUSED = [*[("train_cifar", TINY + line, named) for line, named in TRAIN_REFUSES],
+           *[("sample", line, named) for line, named in SAMPLE_REFUSES],
+           *[("fid", "--features random " + line, named) for line, named in FID_REFUSES]]
+
+def make_useless_files():
+    images = np.load("few.npz")["arr_0"]
+    arrays = dict(zero=images, pair=images[:2], odd=images[:, 1:, 1:], float=images / 255,
+                  object=np.array([{}], dtype=object), scalar=np.uint8(1), hollow=images[:, :0, :0],
+                  large=np.zeros((8, 32, 32, 3), np.uint8))
+    for name, array in arrays.items():
+        np.savez(f"{name}.npz", array)
+    for i in range(8):
+        picture(Path(f"mixed/{i}.png"))
+    picture(Path("mixed/larger.png"), size=(32, 32))
+    for name in ("empty", "text"):
+        Path(name).mkdir()
+    for name in ("text/a.png", "text.npz", "text.pkl", "text.pt"):
+        Path(name).write_text("nothing of the kind")
+    torch.save(torch.zeros(2), "tensor.pt")
+
+@parametrize("program, line, named", REFUSED, ids=[case[1][-40:] for case in REFUSED])
+def test_bad_input_is_one_line_and_nothing_is_written(program, line, named, folder, capsys):
+    make_useless_files()
+    before = sorted(Path().rglob("*"))
+    assert named in refusal(program, line, capsys)
+    assert sorted(Path().rglob("*")) == before
+
+def test_without_a_gpu_the_preset_is_shapes(capsys):
+    settings = settings_of("")
+    assert [settings.preset, settings.init] == ["shapes", "shapes"]
+    assert "no GPU" in capsys.readouterr().out
+
+@parametrize("line", ["--width 16", "--data x"])
+def test_a_presets_model_is_not_used_where_it_does_not_fit(line):
+    assert settings_of(line).init == "none"
+
+@parametrize("line, preset", [("", "cifar10"), ("--data x", "shapes"), ("--data cifar10", "cifar10")])
+def test_with_a_gpu_and_its_files_the_preset_is_cifar10(line, preset, monkeypatch):
     monkeypatch.setattr(train_cifar, "DEVICE", torch.device("cuda"))
     monkeypatch.setattr(fid, "read_images", Mock())
     monkeypatch.setattr(fid, "download", Mock())
-    assert read("") == ("cifar10", "edm") and read("--data x")[0] == "shapes"
+    assert settings_of(line).preset == preset
+
+def test_only_the_command_that_asks_for_nothing_falls_back(monkeypatch, capsys):
+    monkeypatch.setattr(train_cifar, "DEVICE", torch.device("cuda"))
     monkeypatch.setattr(fid, "download", Mock(side_effect=InputError("no file")))
-    assert read("")[0] == "shapes" and "no file" in capsys.readouterr().out
+    assert settings_of("").preset == "shapes"
+    assert "no file" in capsys.readouterr().out
+    assert settings_of("--data cifar10 --method ect").preset == "cifar10"
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
-    """And the last good checkpoint stays. In fp16 one loss that overflows is one step skipped."""
-    train("--out run")
-    step_loss, factors, stages = train_cifar.step_loss, [], []
-    def planted(net, teacher, settings, phase, stage, **drawn):
-        stages.append(stage.item())
-        return step_loss(net, teacher, settings, phase, stage, **drawn) * factors.pop(0)
-    monkeypatch.setattr(train_cifar, "step_loss", planted)
-    factors[:] = [1, 1, 1, math.nan]
-    with pytest.raises(SystemExit, match="iteration 4: .*not finite.*is kept"):
-        train("--out other --init run/diffusion.pt --stages 3")
-    assert stages == [0, 0, 1, 1]                       # ECT's, though MCT has no use for it
-    assert torch.load("other/tuned.pt", weights_only=True)["step"] == 2
-    factors[:] = [math.inf, 1, 1, 1]
-    train("--out other --init run/diffusion.pt --stages 3 --precision fp16")  # goes on
-    state = torch.load("other/tuned.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in state["net"].values())
-    assert state["optimizer"]["state"][0]["step"] == 5 and state["scaler"]["scale"] == 2**15
-    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 0.5)
-    factors[:] = [1, 1]
-    with pytest.raises(SystemExit, match="not finite"):
-        train("--out less --init run/diffusion.pt --precision fp16")
-
-def test_a_mistake_in_the_code_keeps_its_traceback(folder, monkeypatch):
-    train("--out run")
-    for place, name in [(train_cifar.UNet, "forward"), (train_cifar.DDPMpp, "__init__")]:
-        monkeypatch.setattr(place, name, lambda self, *given, **more: misspelt)
-        for program, line in [(sample, "run/tuned.pt"), (train_cifar, TINY + "--out other")]:
-            with pytest.raises(NameError):
-                program.main(line.split())
+def test_fid_measures_n_images(folder, capsys):
+    fid.main("few.npz few.npz --features random --n 50".split())
+    out = capsys.readouterr().out
+    assert re.match(r"FD\(random\)@50 \d+\.\d+, floor \d+\.\d+, n 50", out)
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
-def test_distances_of_files(folder, capsys):
-    other = torch.jit.trace(lambda x: x[:, :, 0, :12].flatten(1).float(), torch.zeros(1, 3, 16, 16))
-    other.save("other.ts")
-    np.savez("large.npz", np.zeros((64, 32, 32, 3), np.uint8))
-    for line, right, n in [("FOLDER FOLDER", 0, 64), ("few.npz FOLDER --n 50", 1, 50)]:
-        for features in ("random", "other.ts"):
-            fid.main(f"{line} --features {features}".split())
-            found = re.match(rf"FD\({features}\)@{n} ([\d.]+)", capsys.readouterr().out)
-            assert (float(found[1]) > 0.01) == right
-    assert "sizes" in refusal("fid", "large.npz FOLDER --features random", capsys)
-    np.savez("small.npz", np.zeros((8, 8, 8, 3), np.uint8))          # random filters do not fit
-    assert "fails on" in refusal("fid", "small.npz small.npz --features random", capsys)
+def test_fid_takes_a_torchscript_file(folder, capsys):
+    net = torch.jit.trace(lambda x: x[:, :, 0, :12].flatten(1).float(), torch.zeros(1, 3, 16, 16))
+    net.save("net.ts")
+    fid.main("few.npz few.npz --features net.ts".split())
+    assert re.match(r"FD\(net.ts\)@64 0.0000", capsys.readouterr().out)
 
-# Bad command lines and, behind >, what their one line must name; else it is their last option.
-BAD = {"train_cifar": """
---T 8 9000 > --T, --width 20 > --width, --fd-samples 9
---steps 0, --steps x, --steps, --method dog, --batch 0, --lr nan, --lr -1, --ema 2, --what
---iters 1.5, --precision fp8, --T 4, --seed -1, --preset big, --init nowhere > nowhere
---method ect --q 256 --stages 3 > --stages, --stages 2000 > --stages
---method ect-segmented --steps 1 2 > ect-segmented, --init text.npz > text.npz
---out text.npz/x > text.npz, --init text.pkl > text.pkl, --init text.pt > text.pt
---init edm > edm-cifar10
---features text.npz > text.npz, --features nowhere > nowhere, --data zero.npz --classes
---data nowhere > nowhere, --data empty > empty, --data text > a.png, --data text.npz > text.npz
---data mixed > larger, --data odd.npz > odd.npz, --data pair.npz > pair.npz
---data float.npz > float, --data object.npz > object.npz, --data hollow.npz > hollow
---data scalar.npz > scalar, --init tensor.pt > tensor.pt, --p-mean nan
---data cifar10 > cifar, --features inception > inception""",
-       "sample": """
-nowhere.pt > nowhere.pt, text.npz > text.npz, text.pt > text.pt, text.pt --steps 0, text.pt --n 0
-text.pt --out x.jpg, text.pt --seed -1""",
-       "fid": """
-few.npz > b, few.npz few.npz --features random --n 1 > --n 1
-few.npz few.npz --features random --n 0 > --n 0, few.npz one.npz --features random > one.npz
-nowhere few.npz > nowhere, few.npz nowhere --features random > nowhere
-few.npz few.npz > inception, few.npz few.npz --features dog > dog, few.npz few.npz --n x
-few.npz few.npz --features object.npz > object.npz
-text few.npz --features random > a.png, float.npz few.npz --features random > float.npz"""}
+def asked_of_generate(line, monkeypatch):
+    asked = []
+    def generate(net, sampler, steps, numbers, seed=0, labels=None):
+        asked.extend([sampler, steps, numbers.tolist(), seed, labels.tolist()])
+        return torch.zeros(len(numbers), 3, 16, 16).byte()
+    monkeypatch.setattr(sample, "generate", generate)
+    sample.main(line.split())
+    return asked
 
-@pytest.mark.parametrize("program", BAD)
-def test_bad_input_is_one_line(program, folder, capsys):
-    """It names the mistake, the exit code is 2, and nothing is written."""
-    before = sorted(Path().rglob("*"))
-    for line in re.split(", |\n", BAD[program][1:]):
-        line, _, named = line.partition(" > ")
-        named = named or re.findall(r"--\S+", line)[-1]
-        if program == "train_cifar":
-            line = TINY + line
-        assert named in refusal(program, line, capsys), line
-        assert sorted(Path().rglob("*")) == before, line
+@parametrize("line, asked", [
+    ("tuned.pt", ["multistep", 2, [0, 1, 2], 0, [0, 1, 0]]),
+    ("tuned.pt --steps 1 --seed 7", ["multistep", 1, [0, 1, 2], 7, [0, 1, 0]]),
+    ("tuned.pt --prompt dog", ["multistep", 2, [0, 1, 2], 0, [1, 1, 1]]),
+    ("diffusion.pt", ["heun", 18, [0, 1, 2], 0, [0, 1, 0]])])
+def test_sample_makes_all_classes_in_turn_or_the_prompt(line, asked, folder, monkeypatch):
+    train(NEW + "--classes --steps 2 1 --out run")
+    assert asked_of_generate(f"run/{line} --n 3 --out x.npz", monkeypatch) == asked
+    assert np.load("x.npz")["arr_0"].shape == (3, 16, 16, 3)
+
+def judge(images):
+    """Which of shapes' classes the pictures show: the nearest colour, and the form that fills its
+    own box as much as what stands out does: pi / 4, 1, 1 / 2.
+    """
+    saturation = (images.amax(1).float() - images.amin(1)).clamp(min=1)
+    inside = saturation > saturation.flatten(1).quantile(0.9, 1)[:, None, None] / 2
+    area = inside.sum((1, 2))
+    colour = (images * inside[:, None]).sum((2, 3)) / area[:, None]
+    hue = torch.cdist(colour, train_cifar.COLOURS.float()).argmin(1)
+    box = (inside.sum(1) > 1).sum(1) * (inside.sum(2) > 1).sum(1)
+    form = ((area / box)[:, None] - torch.tensor([math.pi / 4, 1, 0.5])).abs().argmin(1)
+    return hue * 3 + form
+
+def test_the_labels_of_the_shapes_are_what_a_judge_sees():
+    images, labels, names = train_cifar.shapes(300)
+    assert len(names) == 15
+    assert names[judge(images)[labels == 5][0]] == "green triangle"
+    assert judge(images).eq(labels).float().mean() > 0.99
+
+def test_the_model_that_comes_with_the_code_draws_what_it_is_told():
+    state = train_cifar.load_checkpoint(HERE / "assets/dial.pt")
+    if not state["class_names"]:
+        pytest.skip("assets/dial.pt has no classes yet")
+    labels = torch.arange(150) % 15
+    net = train_cifar.load_network(state)
+    images = sample.generate(net, "multistep", 2, torch.arange(150), 0, labels)
+    assert judge(images).eq(labels).float().mean() >= 0.95
+
+# ---- The README ----------------------------------------------------------------------------------
+# What it shows runs. Loops of hundreds are cut short, and of the commands it is read what they ask.
 
 README = (HERE / "README.md").read_text()
+SNIPPETS = re.findall("```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"(?:^|`)(?:python|torchrun .*?) (\w+)\.py ?([^`#\n]*)", README, re.MULTILINE)
 
-def test_readme_snippets():
-    for block in re.findall("```python\n(.*?)```", README, re.DOTALL):
-        names = {}
-        exec(block, names)
-        assert names["loss"].isfinite().all()
+@parametrize("number", range(len(SNIPPETS)))
+def test_a_snippet_runs(number):
+    names = {}
+    exec(re.sub(r"range\(\d{3,}\)", "range(20)", SNIPPETS[number]), names)
+    assert torch.as_tensor(names.get("loss", 0)).isfinite().all()
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
-def test_readme_commands(folder, monkeypatch):
-    """Each as it stands there, one after the other, with options behind it that make it small."""
-    train("--out assets --steps 1 2 4 8 --classes")     # in place of the models with the code
-    shutil.move("assets/tuned.pt", "assets/dial.pt")
-    monkeypatch.setattr(sample, "__file__", str(Path("sample.py").resolve()))
-    cifar = SimpleNamespace(data=np.load("few.npz")["arr_0"], targets=64 * [0], classes=["cat"])
-    monkeypatch.setattr(fid, "CIFAR10", Mock(return_value=cifar))
-    smaller = {"fid.py": "--features random", "sample.py": "--n 16",
-               "train_cifar.py": TINY + "--precision fp32 --no-compile --features random"}
-    lines = re.findall(r"(?:^|`)python ((?!-m)[^`#]+?) *(?:#.*)?(?:$|`)", README, re.MULTILINE)
-    assert len(lines) > 5
-    for program, *arguments in map(shlex.split, lines):
-        if program == "train_cifar.py":
-            shutil.rmtree("runs", ignore_errors=True)   # the next one has other settings
-        for i, argument in enumerate(arguments):
-            # The data's hash is another here.
-            if argument.startswith("runs/") and program != "train_cifar.py":
-                arguments[i] = str(next(Path().glob("runs/*")) / argument.split("/", 2)[2])
-        if program == "-c":
-            exec(arguments[0], {})
-        else:
-            module = sys.modules[program.removesuffix(".py")]
-            module.main(arguments + smaller[program].split())
+def test_there_are_snippets_and_commands():
+    assert len(SNIPPETS) > 1
+    assert len(COMMANDS) > 5
 
-@pytest.mark.skipif(not (HERE / "assets/diffusion.pt").exists(), reason="assets/ is not made yet")
-def test_the_models_that_come_with_the_code(folder):
-    sample.main("--steps 1 --n 1".split())
-    assert train_cifar.load_checkpoint(HERE / "assets/diffusion.pt")["phase"] == "diffusion"
+@parametrize("program, line", COMMANDS)
+def test_a_command_is_understood(program, line, folder, monkeypatch):
+    images, labels, names = train_cifar.shapes(15)
+    state = dict(class_names=names, steps=[1, 2, 4, 8], method="mct", sampler="multistep")
+    monkeypatch.setattr(train_cifar, "load_checkpoint", lambda path: state)
+    monkeypatch.setattr(train_cifar, "load_network", Mock())
+    monkeypatch.setattr(sample, "generate", lambda net, sampler, steps, numbers, *more: images)
+    monkeypatch.setattr(fid, "read_images", lambda source: (images, labels, names))
+    monkeypatch.setattr(fid, "load_extractor", lambda *given: fid.random_features)
+    if program == "train_cifar":
+        settings_of(line)
+    else:
+        sys.modules[program].main(shlex.split(line))

@@ -5,18 +5,15 @@
     python train_cifar.py --steps 1 2 4 8 --classes      # one network for the whole dial, captioned
     torchrun --nproc-per-node 8 train_cifar.py --steps 2 # on eight GPUs
 
-A diffusion model D(x, sigma) is loaded, or trained first (method "diffusion"). Then a copy of it is
-tuned to few steps (method "mct", "mcd", "ect" or "ect-segmented"). One iteration of `train`:
+A diffusion model D(x, sigma) is loaded or trained. Then a copy is tuned to few steps. An iteration:
 
     draw            from (seed, method, iteration) alone: images, noise, times, dropout seeds
-    share           each process takes its rows of the batch, in --parts if memory is short
     no gradient     the teacher's guess at t (mcd), then the network's own guess at the earlier time
     gradient        the network's guess at t, with the same dropout mask
     compare         step_loss: mcm.v_loss, mcm.consistency_loss or ect.ect_loss -> [B]
-    sum             the gradients of all parts and processes, which lie in one vector
     update          RAdam, with a learning rate that falls to 0 and, in fp16, a loss scale
     average         ema <- ema + (1 - decay) (net - ema): the weights that are sampled
-    log, save       every 100 and every 500 iterations: a line, a checkpoint and a few samples
+    log, save       every 100 and every 500 iterations
 """
 import argparse, contextlib, copy, datetime, hashlib, io, json, math, os, pickle, signal, sys
 import threading, time
@@ -30,54 +27,39 @@ import torch.nn.functional as F
 from torch import nn
 
 import ect, fid, mcm, sample
-from fid import InputError
+from fid import InputError, refuse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# ---- Several processes, which torchrun starts ----------------------------------------------------
-# Every process draws the whole batch and takes rows RANK, RANK + WORLD, ... So the result does not
-# depend on their number, but for rounding. Nothing else here knows of them but main, train, report.
-RANK, WORLD = 0, 1
-if "TORCHELASTIC_RUN_ID" in os.environ:         # set by torchrun alone
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+# ---- Several processes, each with its rows of every batch: only rounding depends on their number --
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ              # set by torchrun alone
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
-@contextlib.contextmanager
-def all_processes():
-    """`with all_processes():` they can reach each other, each has its GPU, and the first prints."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
+def join_processes():
+    """Each process gets its GPU and can reach the others. Only the first one prints."""
     backend = "gloo"
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    # The others wait while the first one downloads: for as long as it takes.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    with open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stdout(nowhere if RANK > 0 else sys.stdout):
-            yield
-    dist.destroy_process_group()
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+        add_up(torch.zeros(1))                  # waits until the first one has downloaded
 
 def add_up(tensor):
-    """The sum of a tensor over all processes, in place."""
-    if dist.is_initialized():
+    """The sum of a tensor over all processes, in place. It waits until all of them are here."""
+    if LAUNCHED:
         dist.all_reduce(tensor)
     return tensor
 
-def wait_for_all():
-    """Returns once every process is here."""
-    add_up(torch.zeros(1))
-
-def gather(rows):
-    """A tensor of each process' rows RANK, RANK + WORLD, ... -> all rows, on the CPU."""
-    shares = [rows.cpu()]
-    if dist.is_initialized():
+def gather(share):
+    """The tensors of all processes, one after the other, on the CPU."""
+    shares = [share.cpu()]
+    if LAUNCHED:
         shares = [None] * WORLD
-        dist.all_gather_object(shares, rows.cpu())
-    whole = rows.new_empty(sum(map(len, shares)), *rows.shape[1:], device="cpu")
-    for rank, share in enumerate(shares):
-        whole[rank::WORLD] = share
-    return whole
+        dist.all_gather_object(shares, share.cpu())
+    return torch.cat(shares)
 
 # ---- Settings ------------------------------------------------------------------------------------
 def number(kind, low, high):
@@ -91,59 +73,51 @@ def number(kind, low, high):
 COUNT = number(int, 1, 10**9)
 RATIO = number(float, 0, 1)
 SIZE = number(float, 0, 1e6)
-METHODS = ("mct", "mcd", "ect", "ect-segmented", "diffusion")
+SWITCH = argparse.BooleanOptionalAction
+SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segmented": "multistep",
+            "diffusion": "heun"}            # of the methods
 
-# Two presets, named after their data. "cifar10" has the settings of ECT's A100 hour, because they
-# have a published number, with T and huber_eps of MCM. "shapes" is small and short. Errors add up
-# over the teacher steps, so it has fewer of them (T; for ECT, a smaller q^stages). Its other
-# settings were found by trying, see the README.
 def add_settings(add):
-    """Calls add(name, shapes, cifar10, help, and how argparse reads it) for each setting."""
+    """Calls add(name, value in preset shapes, in cifar10, help, how argparse reads it).
+    "cifar10" has the settings of ECT's A100 hour, which have a published number, and MCM's T and
+    huber_eps. "shapes" is small and short. Errors add up over the teacher steps, so it has fewer
+    (T; for ECT, a smaller q^stages). Its other settings were found by trying, see the README.
+    """
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
-    add("method", "mct", "ect", "the loss; diffusion: train --init further", choices=METHODS)
+    add("method", "mct", "ect", "the loss; diffusion: train --init further", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
     add("init", "shapes", "edm", "EDM's .pkl or our .pt; none: train one first")
-    add("classes", False, False, "train with class labels (of shapes: captions), one in ten without",
-        action=argparse.BooleanOptionalAction)
+    add("classes", False, False, "class labels (captions of shapes) for the network", action=SWITCH)
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=SIZE)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
-
     # The optimizer. For longer runs, ema nearer to 1.
     add("iters", 1000, 8_000, "iterations of tuning", type=number(int, 0, 10**9))
     add("pretrain_iters", 2500, 100_000, "iterations of training a diffusion model", type=COUNT)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
-    add("parts", 1, 1, "forward and backward passes that a batch is cut into", type=COUNT)
     add("lr", 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=RATIO)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=RATIO)
     add("ema", 0.99, 0.9993, "decay of the averaged weights", type=RATIO)
-
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     add("width", 32, 128, "channels", type=int, choices=(8, 16, *range(32, 1025, 32)))
     add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
-
     # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for small rates; 1: nearly a square error.
     add("T", [8, 512], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
     add("huber_eps", 0.02, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=SIZE)
-
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1.001, 1e6))
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
     add("p_mean", 1.0, -1.1, "ect: mean of ln t", type=number(float, -20, 20))
     add("p_std", 1.8, 2.0, "ect: standard deviation of ln t", type=SIZE)
     add("c", 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image", type=SIZE)
-
     # The machine. bf16 is not offered: where t - r is small, its gradients are too coarse.
-    add("precision", "fp32", "fp16", "of the network; fp16 is for a GPU", choices=("fp16", "fp32"))
-    add("compile", False, True, "torch.compile: takes minutes, pays on a GPU",
-        action=argparse.BooleanOptionalAction)
+    add("precision", "fp32", "fp16", "fp16 is for a GPU", choices=("fp16", "fp32"))
+    add("compile", False, True, "torch.compile: takes minutes, pays on a GPU", action=SWITCH)
     add("seed", 0, 0, "of all that is random", type=number(int, 0, 2**32))
-
     # The measurement.
     add("features", "random", "inception", "random, inception, a TorchScript file")
     add("fd_samples", 1000, 50_000, "images to measure", type=number(int, 10, 10**7))
 
-# What may change when a run goes on.
-MAY_CHANGE = ("out", "parts", "precision", "compile", "features", "fd_samples")
+MAY_CHANGE = ("out", "precision", "compile", "features", "fd_samples")     # in a run
 # The presets' networks: a small one that works on patches of 2x2 pixels, and EDM's.
 NETS = {"shapes": dict(mult=(1, 2, 2), blocks=1, attention=(), patch=2), "cifar10": {}}
 
@@ -159,11 +133,10 @@ def read_settings(parser, arguments):
     settings = parser.parse_args(arguments)
 
     # What is not given is the preset's. Its diffusion model fits only its own data and network.
-    if settings.preset is None:
-        settings.preset = choose_preset(settings.data)
+    settings.preset = settings.preset or choose_preset(settings.data)
     if settings.init is None and (settings.width or settings.data not in (None, settings.preset)):
         settings.init = "none"
-    if settings.init != "none" and settings.width:
+    if settings.width and settings.init != "none":
         raise InputError("--width: the model of --init has its own; leave it out, or --init none")
     for name, default in presets[settings.preset].items():
         if getattr(settings, name) is None:
@@ -172,36 +145,27 @@ def read_settings(parser, arguments):
     settings.steps = sorted(set(settings.steps))
     if settings.method == "ect-segmented" and len(settings.steps) > 1:
         raise InputError("--method ect-segmented: needs a single number of --steps")
-    if settings.stages * math.log2(settings.q) > 20:
-        raise InputError("--q, --stages: q^stages is above 2^20, too much for float32")
     if settings.guidance and not (settings.method == "mcd" and settings.classes):
         raise InputError("--guidance: needs --method mcd and --classes")
-    if settings.batch < WORLD * settings.parts:
-        raise InputError(f"--batch {settings.batch}: needs {WORLD * settings.parts} images or more,"
-                         " one for each process and part")
+    if settings.batch < WORLD:
+        raise InputError(f"--batch {settings.batch}: needs {WORLD}, one image for each process")
     return settings
 
 def choose_preset(data):
-    """The preset where none is asked for: "cifar10" if that can run here, else "shapes"."""
-    if data == "cifar10" and DEVICE.type == "cuda":
-        return "cifar10"
+    """The preset where none is given. It falls back to "shapes" only if no data is given either."""
     if data is not None:
-        return "shapes"                         # its settings suit any small run
+        return "cifar10" if data == "cifar10" and DEVICE.type == "cuda" else "shapes"
     try:
         if DEVICE.type == "cpu":
             raise InputError("there is no GPU here")
-        download_all()
+        fid.download(*EDM)
+        fid.download(*fid.INCEPTION)
+        fid.read_images("cifar10")
         return "cifar10"
     except InputError as error:
         print(f"preset shapes (a small network, a short run), because {error}\nfor ECT's own "
               "settings: --preset cifar10 (an hour on an A100, days on a laptop)")
         return "shapes"
-
-def download_all():
-    """Gets what the preset "cifar10" needs, if it is not there."""
-    fid.download(*EDM)
-    fid.download(*fid.INCEPTION)
-    fid.read_images("cifar10")
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
 def hash32(h):
@@ -215,7 +179,7 @@ def hash32(h):
 def dropout(x, p, seed, layer):
     """Dropout of x [B, C, H, W] by a mask that depends on (seed [B], layer, element) alone.
     Both passes of a consistency step must have one mask. A random generator would have to be set
-    back in between, and a CUDA graph, which replays the whole step, cannot do that.
+    back in between, which a CUDA graph cannot do.
     """
     element = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
     # The prime, 2^32 over the golden ratio, keeps the layers' seeds far apart.
@@ -224,12 +188,10 @@ def dropout(x, p, seed, layer):
     keep = chance >= int(p * 2**32) - 2**31         # chance is uniform over all of int32
     return x * keep / (1 - p)
 
-def group_norm(channels):
-    """At most 32 groups, with at least 4 channels in each."""
+def group_norm(channels):           # at most 32 groups, with at least 4 channels in each
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
-def conv(c_in, c_out, kernel):
-    """Keeps H and W."""
+def conv(c_in, c_out, kernel):      # keeps H and W
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
 
 class Block(nn.Module):
@@ -275,8 +237,7 @@ class Block(nn.Module):
 class DDPMpp(nn.Module):
     """The raw network F(c_in x, c_noise). Its blocks are called {side}x{side}_{block}, as EDM's.
     width, mult: channels of the levels. blocks: of each level. attention: sides that have it.
-    patch: works on patch x patch pixels at a time. segments: rows of an embedding, see
-    mcm.segment_row. Labels and segments begin with zeros, so they can be added to a trained model.
+    patch: works on patch x patch pixels at a time. segments: the rows of mcm.segment_row.
     """
     def __init__(self, width, mult, blocks, resolution, classes=0, augment_dim=0, dropout=0.0,
                  patch=1, segments=0, attention=(16,)):
@@ -328,7 +289,8 @@ class DDPMpp(nn.Module):
                 self.dec[f"{side}x{side}_up"] = block(c, c, resample=nn.Upsample(scale_factor=2))
         self.dec[f"{side}x{side}_aux_norm"] = group_norm(c)
         self.dec[f"{side}x{side}_aux_conv"] = conv(c, 3 * patch**2, 3)
-        # As EDM: the last layer of each residual branch begins near zero. (But for the labels' zeros.)
+        # As EDM: the last layer of each residual branch begins near zero. Labels and segments begin
+        # with zeros, so that they can be added to a trained network.
         for name, p in self.named_parameters():
             if name.endswith("bias") or "map_segment" in name or "map_label" in name:
                 nn.init.zeros_(p)
@@ -346,7 +308,7 @@ class DDPMpp(nn.Module):
         emb = torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype)
         if self.classes:
             if labels is None:
-                labels = torch.full_like(c_noise, -1).long()
+                labels = torch.full_like(c_noise, -1)
             one_hot = labels[:, None] == torch.arange(self.classes, device=x.device)    # -1: zeros
             emb = emb + self.map_label(one_hot.to(x.dtype) * self.classes**0.5)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
@@ -371,15 +333,14 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
     It is the same in train() and eval(). (ECT's authors have sigma - 0.003 in eval()'s c_skip and
-    c_out.) Another network here needs the same forward, .arguments, .image_shape and .dtype.
+    c_out.) A network of your own needs the same forward, and these attributes.
     """
-    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, classes=0, **more):
+    def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, **more):
         super().__init__()
-        self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution,
-                              classes=classes)
+        self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution)
         self.model = DDPMpp(**self.arguments)
         self.image_shape = (3, resolution, resolution)
-        self.dtype = torch.float32              # that the raw network computes in
+        self.fp16 = False               # the raw network in half precision, on a GPU
 
     def forward(self, x, sigma, labels=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
@@ -395,9 +356,10 @@ class UNet(nn.Module):
         c_out = SIGMA_DATA * level * c_in
         c_noise = sigma.log() / 4                               # [B]
 
-        # The weights are cast here, because autocast would leave the group norms in float32.
-        weights = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
-        inputs = (c_in * x).to(self.dtype), c_noise, labels, segment, seed
+        # The weights are cast by hand: autocast would leave group norms in float32.
+        dtype = torch.float16 if self.fp16 and x.is_cuda else torch.float32
+        weights = {name: p.to(dtype) for name, p in self.model.named_parameters()}
+        inputs = (c_in * x).to(dtype), c_noise, labels, segment, seed
         raw = torch.func.functional_call(self.model, weights, inputs)
         return c_skip * x + c_out * raw
 
@@ -407,9 +369,7 @@ HUES = ("red", "green", "blue", "yellow", "purple")
 COLOURS = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220], [240, 200, 40], [170, 60, 190]])
 
 def shapes(n=20_000, size=32):
-    """Discs, squares and triangles in five colours on soft grey -> images, labels, class names.
-    The names are captions: "red disc", "red square", ..., "purple triangle".
-    """
+    """Forms in five colours on soft grey -> images, labels, names: "red disc", "red square", ..."""
     g = torch.Generator().manual_seed(0)
     ramp = (torch.arange(size) + 0.5) / size * 2 - 1            # pixels, in [-1, 1]
     images, labels = [], []
@@ -437,22 +397,22 @@ def load_data(settings):
     """--data -> a namespace: images, labels, class_names (empty without --classes), name."""
     name = settings.data
     images, labels, class_names = shapes() if name == "shapes" else fid.read_images(name)
-    images = images[torch.arange(len(images))]      # files are read here
+    images = fid.batch_of(images, torch.arange(len(images)))        # reads files
     n, _, height, width = images.shape
-    if height != width or height % 16 or height == 0 or n < 8:
+    if n < 8 or height != width or height % 16 or height == 0:
         raise InputError(f"--data {name}: needs 8 square images or more, of 16, 32, ... pixels")
     if settings.classes and not class_names:
         raise InputError(f"--classes: {name} has no classes, leave it out")
-    if name not in ("shapes", "cifar10"):       # two folders may have one name
-        content = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
-        name = f"{Path(name).name}-{content.hexdigest()[:6]}"
+    if name not in ("shapes", "cifar10"):           # two folders may have one name
+        content = images.numpy().tobytes() + labels.numpy().tobytes()
+        name = f"{Path(name).name}-{hashlib.sha256(content).hexdigest()[:6]}"
     return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), name=name,
                            class_names=class_names if settings.classes else [])
 
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
-# EDM's and ECT's files are pickles: programs that import names and call them. Our unpickler imports
-# nothing. Each name that such files need stands for something harmless, and any other is refused.
-# A hostile file can waste memory, but run no code.
+# EDM's files are pickles: programs that import names and call them. Our unpickler imports nothing.
+# Each name that they need stands for something harmless, and any other is refused. So a hostile
+# file can waste memory, but run no code.
 EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
        "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da")
 
@@ -464,8 +424,7 @@ class Inert(nn.Module):
     def __init__(self, saved=None, *ignored):
         super().__init__()
         if isinstance(saved, dict):
-            self.__setstate__(saved["state"])
-            self.class_name = saved["class_name"]
+            self.__setstate__(dict(saved["state"], class_name=saved["class_name"]))
 
     def __setstate__(self, state):
         if isinstance(state, dict):                     # that of a numpy type is a tuple
@@ -474,12 +433,6 @@ class Inert(nn.Module):
 def rebuild_tensor(storage, offset, size, stride, *ignored):
     return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
 
-def rebuild_parameter(tensor, *ignored):
-    return tensor
-
-def load_storage(content):
-    return torch.load(io.BytesIO(content), weights_only=True)
-
 ALLOWED = {
     "torch_utils.persistence _reconstruct_persistent_obj": Inert,
     "torch.nn.modules.container ModuleDict": Inert,
@@ -487,41 +440,32 @@ ALLOWED = {
     "numpy dtype": Inert,
     "numpy.core.multiarray scalar": Inert,
     "numpy._core.multiarray scalar": Inert,
-    "torch._utils _rebuild_parameter": rebuild_parameter,
+    "torch._utils _rebuild_parameter": lambda tensor, *ignored: tensor,
     "torch._utils _rebuild_tensor_v2": rebuild_tensor,
-    "torch.storage _load_from_bytes": load_storage,
+    "torch.storage _load_from_bytes": lambda b: torch.load(io.BytesIO(b), weights_only=True),
     "collections OrderedDict": dict,
     "builtins set": set,
 }
-# What unpickling, or a look into what came out, raises over a file that is damaged or another's.
-DAMAGED = (pickle.PickleError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError,
-           RuntimeError, TypeError, ValueError)
-
 class EDMUnpickler(pickle.Unpickler):
-    """The base class does the rest: it calls find_class for every name in a file."""
-    def find_class(self, module, name):
+    def find_class(self, module, name):                 # is called for every name in a file
         return ALLOWED[f"{module} {name}"]              # any other name is a KeyError
 
 def load_edm(path):
     """A .pkl of EDM or ECT -> (state dict of its EMA, arguments for UNet)."""
-    try:
-        with open(path, "rb") as file:
-            ema = EDMUnpickler(file).load()["ema"]
+    with refuse(f"{path}: not a network of EDM or ECT"), open(path, "rb") as file:
+        ema = EDMUnpickler(file).load()["ema"]
         # Both classes are EDM's preconditioning, around a SongUNet that is called model.
         if ema.class_name not in ("EDMPrecond", "ECMPrecond") or ema.sigma_data != SIGMA_DATA:
             raise ValueError(f"it is {ema.class_name}, with another preconditioning")
-        given = ema.model._init_kwargs
+        its = ema.model._init_kwargs
         return ema.state_dict(), dict(
-            width=given["model_channels"], mult=tuple(given["channel_mult"]),
-            blocks=given.get("num_blocks", 4), classes=given["label_dim"],
-            augment_dim=given.get("augment_dim", 0), dropout=given["dropout"],
-            resolution=given["img_resolution"])
-    except DAMAGED as error:
-        raise InputError(f"{path}: not a network of EDM or ECT ({error})") from error
+            width=its["model_channels"], mult=tuple(its["channel_mult"]), dropout=its["dropout"],
+            blocks=its.get("num_blocks", 4), augment_dim=its.get("augment_dim", 0),
+            classes=its["label_dim"], resolution=its["img_resolution"])
 
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
 def draw(data, settings, method, step):
-    """What iteration `step` draws, from (seed, method, step) alone -> a dict of [batch, ...].
+    """What iteration `step` draws -> a dict of [batch, ...], from (seed, method, step) alone.
     So a run that was killed goes on with the very batches that it would have drawn.
     """
     device, batch = data.images.device, settings.batch
@@ -557,9 +501,7 @@ def draw(data, settings, method, step):
 
 def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stage=None, N=None,
               s=None, t_step=None):
-    """The loss of one iteration -> [B]. It runs on the device and compiles as one graph.
-    x: uint8 [B, 3, H, W]. The rest: as `draw` drew it.
-    """
+    """The loss of one iteration, of what `draw` drew -> [B]. It compiles as one graph."""
     x = x.float() / 127.5 - 1
     f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
     if method == "diffusion":
@@ -586,24 +528,24 @@ def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stag
 
 # ---- The loop ------------------------------------------------------------------------------------
 def train(net, teacher, data, settings, method, iters, peak_lr):
-    """Trains `net` (teacher: for mcd alone) for `iters` iterations -> its average.
-    file_of(method) in the run's folder has the whole state. The same call goes on from there.
-    """
-    path = Path(settings.out, file_of(method))
+    """Trains `net` (teacher: for mcd) -> its average. The same call goes on where it was stopped."""
+    path = Path(settings.out, "diffusion.pt" if method == "diffusion" else "tuned.pt")
     # The network, the average of its weights, and how they are updated.
     net.to(DEVICE, memory_format=torch.channels_last)
+    net.fp16 = settings.precision == "fp16"
     ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.RAdam(net.parameters(), foreach=True)
+    weights = list(net.parameters())
+    optimizer = torch.optim.RAdam(weights, foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
 
-    # All gradients are views of one vector: it is cleared, and summed over the processes, at once.
-    weights = list(net.parameters())
-    gradient = torch.zeros(sum(p.numel() for p in weights), device=DEVICE)
-    for p, part in zip(weights, gradient.split([p.numel() for p in weights])):
-        p.grad = part.as_strided(p.shape, p.stride())           # in the layout of p
+    # All gradients lie in one vector, each in the layout of its weights: one sum over processes.
+    sizes = [p.numel() for p in weights]
+    gradient = torch.zeros(sum(sizes), device=DEVICE)
+    for p, part in zip(weights, gradient.split(sizes)):
+        p.grad = part.as_strided(p.shape, p.stride())
 
-    # One graph, without recompiling. On a GPU it is recorded and replayed, all in channels last:
-    # left to itself the compiler mixes layouts in a U-Net, and a step takes 1.5 times as long.
+    # One graph, which a GPU records and replays, all in channels last. (Left to itself the compiler
+    # mixes layouts in a U-Net, and a step takes 1.5 times as long.)
     loss_of = torch.compile(step_loss, fullgraph=True, disable=not settings.compile, options={
         "triton.cudagraphs": True, "force_layout_optimization": True})
 
@@ -619,20 +561,16 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
     print(f"{method}: {iters} iterations, {first} of them done")
 
     losses, clock = [], time.time()             # since the last line of the log
-    with ctrl_c() as asked_to_stop:
+    with ctrl_c() as asked:
         for step in range(first, iters):
-            # Draw the batch, and clear the gradients.
+            # Draw the batch. Forward and backward over this process' share of it.
             drawn = draw(data, settings, method, step)
+            share = {name: value[RANK::WORLD] for name, value in drawn.items()}
+            loss = loss_of(net, teacher, settings, method, **share).sum() / settings.batch
             gradient.zero_()
-
-            # Forward and backward, over this process' share of the batch, part by part.
-            for part in range(settings.parts):
-                rows = slice(RANK * settings.parts + part, None, WORLD * settings.parts)
-                share = {name: value[rows] for name, value in drawn.items()}
-                loss = loss_of(net, teacher, settings, method, **share).sum() / settings.batch
-                scaler.scale(loss).backward()
-                losses.append(loss.detach())
+            scaler.scale(loss).backward()
             add_up(gradient)
+            losses.append(loss.detach())
 
             # Update the weights. In fp16, an iteration that overflows is skipped.
             optimizer.param_groups[0]["lr"] = peak_lr * (1 - step / iters)
@@ -646,19 +584,17 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
 
             # Log. Only here, in saving and, in fp16, in scaler.step does the host wait for the GPU.
             done = step + 1
-            if settings.compile and step == first:
-                print(f"{method}: compiled in {time.time() - clock:.0f} s", flush=True)
-                losses, clock = [], time.time()
-            elif done % 100 == 0 or done == iters:
-                count = len(losses) / settings.parts
-                loss = add_up(torch.stack(losses).sum() / count).item()
-                speed = count * settings.batch / (time.time() - clock)
+            if step == first:
+                clock = time.time()             # what compiling took is not counted
+            if done % 100 == 0 or done == iters:
+                loss = add_up(torch.stack(losses).mean()).item()
+                speed = len(losses) * settings.batch / (time.time() - clock)
                 left = f"{(iters - done) * settings.batch / speed / 60:.1f} min left"
                 print(f"{method} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left}", flush=True)
                 losses, clock = [], time.time()
 
             # Save the state. All processes stop if one of them is asked to.
-            stop = add_up(torch.tensor(len(asked_to_stop))) > 0
+            stop = add_up(torch.tensor(len(asked))) > 0
             if done % 500 == 0 or done == iters or stop:
                 save(path, data, settings, method, done, state)
             if stop:
@@ -668,15 +604,11 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
 @contextlib.contextmanager
 def ctrl_c():
     """`with ctrl_c() as asked:` Ctrl-C only puts something into the list `asked`."""
-    asked = []
-    def ask(*ignored):
-        asked.append(True)
-
-    # A process that ignores it goes on doing so, and only a main thread may set this.
-    before = signal.getsignal(signal.SIGINT)
+    asked, before = [], signal.getsignal(signal.SIGINT)
+    # Only a main thread may set this. And a process that ignores Ctrl-C goes on doing so.
     is_ours = threading.current_thread() is threading.main_thread() and callable(before)
     if is_ours:
-        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGINT, lambda *ignored: asked.append(True))
     try:
         yield asked
     finally:
@@ -684,38 +616,25 @@ def ctrl_c():
             signal.signal(signal.SIGINT, before)
 
 # ---- Results -------------------------------------------------------------------------------------
-def file_of(method):
-    """The name of the checkpoint in the run's folder."""
-    return "diffusion.pt" if method == "diffusion" else "tuned.pt"
-
-def how_to_sample(settings, method):
-    """-> the sampler of this method's network, see sample.sample_batch, and its numbers of steps."""
-    if method == "diffusion":
-        return "heun", [18]                                             # EDM's
-    if method == "ect":
-        return "renoise", settings.steps
-    return "multistep", settings.steps
-
 def report(diffusion, tuned, data, settings, extractor):
     """The diffusion model beside the tuned one: a table, result.json and dial.png.
-    The distances are from the whole data set. The floor: see fid.py. Each process makes and
-    measures its share of the images.
+    Distances are from the whole data set. Each process makes and measures its share of images.
     """
     n, real = settings.fd_samples, data.images.cpu()
-    mine = torch.arange(len(real))[RANK::WORLD]
+    mine = torch.arange(len(real)).tensor_split(WORLD)[RANK]
     real_features = gather(fid.features_of(real, extractor, mine))
     reference, floor = fid.moments(real_features), fid.floor_of(real_features, n)
     metric = fid.metric_name(settings.features, n)
-    print(f"\n{data.name}: {metric}; floor, real images to real: {floor:.2f}\n"
+    print(f"\n{data.name!a}: {metric}; floor, real images to real: {floor:.2f}\n"
           "model         steps  evaluations  distance  images/s")
 
     # Method, network, sampler, steps, evaluations: N steps before and after tuning, then EDM's 18.
     table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
     if settings.method != "diffusion":
-        sampler, _ = how_to_sample(settings, settings.method)
+        sampler = SAMPLERS[settings.method]
         table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
     table += [("diffusion", diffusion, "heun", 18, 35)]
-    mine, labels = torch.arange(n)[RANK::WORLD], None
+    mine, labels = torch.arange(n).tensor_split(WORLD)[RANK], None
     if data.class_names:                        # those of n real images, in random order
         labels = data.labels[fid.shuffled(len(real))[mine % len(real)]]
 
@@ -726,30 +645,26 @@ def report(diffusion, tuned, data, settings, extractor):
         share = sample.generate(net, sampler, steps, mine, settings.seed, labels)
         images = gather(share)
         speed = n / (time.time() - start)
-        features = gather(fid.features_of(share, extractor))
-        distance = fid.frechet_distance(*fid.moments(features), *reference)
+        made = fid.moments(gather(fid.features_of(share, extractor)))
+        distance = fid.frechet_distance(*made, *reference)
         print(f"{method:<13} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}", flush=True)
-        rows.append(dict(method=method, sampler=sampler, steps=steps, nfe=nfe, metric=metric,
-                         distance=distance, floor=floor, features=settings.features, n=n,
-                         images_per_second=speed))
+        rows.append(dict(method=method, sampler=sampler, steps=steps, nfe=nfe, metric=metric, n=n,
+                         distance=distance, floor=floor, images_per_second=speed))
         pictures.append(images[:10])
     if RANK == 0:
         Path(settings.out, "result.json").write_text(json.dumps(rows, indent=1))
         sample.save_grid(torch.cat(pictures), Path(settings.out, "dial.png"), columns=10)
-    print(f"pictures, a row for each line: {settings.out}/dial.png")
+    print(f"pictures, a row for each line: {settings.out!a}/dial.png")
 
 # ---- All of it -----------------------------------------------------------------------------------
+# What cuDNN does: shapes are always the same, and TF32 would change some pixels.
+@torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 def main(arguments=None):
     """The command line: read everything, train or load a diffusion model, tune it, report."""
-    with (all_processes(),
-          torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)):
-        run(arguments)
-
-def run(arguments):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    # All that a user can get wrong is read here, before any work. (The first process downloads.)
-    if RANK > 0:
-        wait_for_all()
+    if LAUNCHED:
+        join_processes()
+    # All that a user can get wrong is read here, before any work.
     try:
         settings = read_settings(parser, arguments)
         data = load_data(settings)
@@ -759,37 +674,29 @@ def run(arguments):
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         parser.error(" ".join(str(error).split()))
     if RANK == 0:
-        wait_for_all()
+        add_up(torch.zeros(1))                  # the others wait for this, see join_processes
 
-    # Train a diffusion model, if none is given.
-    classes = len(data.class_names)
+    # Without --init, train a diffusion model, here or below if that is all.
+    only_diffusion = settings.method == "diffusion"
     if diffusion is None:
         torch.manual_seed(settings.seed)
-        diffusion = UNet(settings.width, **NETS[settings.preset], dropout=settings.dropout,
-                         classes=classes, resolution=data.images.shape[-1])
-        set_precision(diffusion, settings.precision)
-        if settings.method != "diffusion":
-            diffusion = train(diffusion, None, data, settings, "diffusion",
-                              settings.pretrain_iters, settings.pretrain_lr)
-    set_precision(diffusion, settings.precision)
+        diffusion = UNet(settings.width, **NETS[settings.preset], classes=len(data.class_names),
+                         dropout=settings.dropout, resolution=data.images.shape[-1])
+        if not only_diffusion:
+            pretrain = settings.pretrain_iters, settings.pretrain_lr
+            diffusion = train(diffusion, None, data, settings, "diffusion", *pretrain)
     diffusion.to(DEVICE, memory_format=torch.channels_last).requires_grad_(False)
+    diffusion.fp16 = settings.precision == "fp16"
 
     # Tune a copy. What is new in it, an embedding of labels or segments, is zero and changes nothing.
-    new = dict(dropout=settings.dropout, classes=max(classes, diffusion.arguments["classes"]))
-    if settings.method != "diffusion":
-        new["segments"] = sum(range(max(settings.steps) + 1))   # rows of mcm.segment_row's table
-    net = UNet(**{**diffusion.arguments, **new})
+    more = dict(diffusion.arguments, dropout=settings.dropout)
+    more["classes"] = more.get("classes") or len(data.class_names)
+    if not only_diffusion:
+        more["segments"] = sum(range(max(settings.steps) + 1))      # rows of mcm.segment_row's table
+    net = UNet(**more)
     net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
-    set_precision(net, settings.precision)
     tuned = train(net, diffusion, data, settings, settings.method, settings.iters, settings.lr)
-    if settings.method == "diffusion":
-        diffusion = tuned
-    report(diffusion, tuned, data, settings, extractor)
-
-def set_precision(net, precision):
-    """fp16 is for a GPU. A CPU, which would be slower with it, computes in float32."""
-    is_half = precision == "fp16" and DEVICE.type == "cuda"
-    net.dtype = torch.float16 if is_half else torch.float32
+    report(tuned if only_diffusion else diffusion, tuned, data, settings, extractor)
 
 # ---- Checkpoints and the folder of a run ---------------------------------------------------------
 @contextlib.contextmanager
@@ -800,39 +707,34 @@ def atomic(path):
     part.replace(path)
 
 def save(path, data, settings, method, step, parts):
-    """One file of tensors and plain values: the parts, and all that sample.py needs. And a picture.
+    """One file of tensors and plain values: the parts, and all that sample.py needs.
     If weights are not finite, or fp16 overflows at every loss scale, the run ends instead.
     """
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
         sys.exit(f"error: {method}, iteration {step}: weights or losses not finite; {path}, if any, "
-                 "is kept, try another --precision, or a smaller --lr with another --out")
-    sampler, steps = how_to_sample(settings, method)
+                 "is kept, try --precision fp32, or a smaller --lr with another --out")
+    steps = [18] if method == "diffusion" else settings.steps               # 18: EDM's
     state = {name: part.state_dict() for name, part in parts.items()}
-    state.update(arguments=parts["ema"].arguments, method=method, step=step, sampler=sampler,
-                 steps=steps, class_names=data.class_names, settings=vars(settings))
+    state.update(arguments=parts["ema"].arguments, method=method, step=step, steps=steps,
+                 class_names=data.class_names, settings=vars(settings))
     if RANK == 0:
         with atomic(path) as file:
             torch.save(state, file)
-        # A row of ten images for each number of steps, to look at while waiting.
-        rows = [sample.generate(parts["ema"], sampler, N, torch.arange(10)) for N in steps]
-        sample.save_grid(torch.cat(rows), path.with_suffix(".png"), columns=10)
-    wait_for_all()                              # so that nobody ends before the file is whole
+    add_up(torch.zeros(1))                      # nobody ends before the file is whole
 
 def load_checkpoint(path):
     """A file of `save` -> its dict, on the CPU."""
-    try:
+    with refuse(f"{path}: damaged, or no checkpoint of this version"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["method"], state["sampler"]       # a KeyError, if it is another's
-    except DAMAGED as error:
-        raise InputError(f"{path}: damaged, or no checkpoint of this version") from error
+        state["method"]                         # a KeyError, if it is another's
     return state
 
 def load_network(state):
     """A dict of load_checkpoint -> its averaged network."""
     net = UNet(**state["arguments"])
     net.load_state_dict(state["ema"])
-    set_precision(net, state["settings"]["precision"])
+    net.fp16 = state["settings"]["precision"] == "fp16"
     return net.to(DEVICE, memory_format=torch.channels_last)
 
 def open_run(settings, data):
@@ -840,7 +742,6 @@ def open_run(settings, data):
     steps = "-".join(map(str, settings.steps))
     settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
     settings.data = data.name
-
     # The same command goes on with a run. Another must not mix with it.
     for path in Path(settings.out).glob("[!.]*.pt"):        # no .part- that atomic left
         begun = load_checkpoint(path)["settings"]
@@ -849,47 +750,40 @@ def open_run(settings, data):
                 raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
                                  f"{begun.get(name)}, not {now}; give another --out, or delete it")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    with atomic(Path(settings.out, "settings.json")) as file:       # and an OSError, if it cannot be
+    with atomic(Path(settings.out, "settings.json")) as file:       # an OSError, if it cannot be
         file.write_text(json.dumps(vars(settings), indent=1))
 
 def load_init(settings, data):
-    """The diffusion model of --init, or None: train one. In the settings its name becomes a hash of
-    its weights, because a file may be moved or overwritten while a run waits to go on.
+    """The diffusion model of --init, or None: train one. Settings get a hash instead of its path,
+    because a file may be moved or overwritten while a run waits to go on.
     """
     path = settings.init
     if path == "none":
         return None
     if path == "shapes":
         path = Path(__file__).parent / "assets/diffusion.pt"
-    elif path == "edm":
+    if path == "edm":
         path = fid.download(*EDM)
         print("EDM's weights are CC BY-NC-SA 4.0: no commercial use, nor of models made from them")
+    settings.init = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
 
-    if Path(path).suffix == ".pkl":             # of EDM. (ECT's are tuned already, but they load.)
+    if Path(path).suffix == ".pkl":             # EDM's. (ECT's are tuned already, but they load.)
         weights, arguments = load_edm(path)
         net = UNet(**arguments)
-        try:
+        with refuse(f"{path}: its network is not EDM's DDPM++"):
             net.load_state_dict(weights)
-        except RuntimeError as error:
-            raise InputError(f"{path}: its network is not EDM's DDPM++") from error
     else:
         state = load_checkpoint(path)
+        net = load_network(state)
         if state["method"] != "diffusion":
             raise InputError(f"--init {path}: tuned already, give a diffusion model")
-        net = load_network(state)
 
-    side, classes = net.image_shape[-1], net.arguments["classes"]
-    if side != data.images.shape[-1]:
-        raise InputError(f"--init {path}: makes images of {side} pixels, not those of --data")
-    if data.class_names and classes not in (0, len(data.class_names)):
-        raise InputError(f"--init {path}: has {classes} classes, not {len(data.class_names)}")
-    content = hashlib.sha256()
-    for tensor in net.state_dict().values():
-        content.update(tensor.cpu().numpy().tobytes())
-    settings.init = content.hexdigest()[:8]
+    # It may lack labels, or have some that are not used.
+    has, needs = net.arguments.get("classes"), len(data.class_names)
+    if net.image_shape != data.images.shape[1:] or (has and needs and has != needs):
+        raise InputError(f"--init {path}: its images are {net.image_shape}, or its {has} classes "
+                         f"are not the {needs} of --data")
     return net
 
 if __name__ == "__main__":
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")       # a terminal may lack a letter
     main()
