@@ -12,10 +12,10 @@ So start from a pretrained one, and move r towards t as training goes on. Compar
 The target, mcm.consistency_target, is the same function in both. Given `edges`, time is cut into
 segments as in MCM: the two papers combined. (Ours.)
 
-    t, r      [B], noise levels, 0 <= r < t
-    stage     how far the curriculum is: 0, 1, 2, ..., a number or [B]
-    q; k, b   2 or 256, each stage divides t - r by it; 8 and 1, n(t) falls from 5 to 1
-    c         0, rounds the norm near 0 (pseudo-Huber), in units of a whole image
+    t, r [B]    noise levels, 0 <= r < t
+    stage       how far the curriculum is: 0, 1, 2, ..., a number or [B]
+    q; k, b     2 or 256, each stage divides t - r by it; 8 and 1, n(t) falls from 5 to 1
+    c           0, rounds the norm near 0 (pseudo-Huber), in units of a whole image
 """
 import torch
 
@@ -25,7 +25,7 @@ import mcm
 # constant 1e-4, batch 128, dropout 0.2, c = 0, no flips. Their 2-step FIDs stand at the right.
 #   8,000 iterations      q = 256, one stage                     ema 0.9993   2.73 (one A100 hour)
 #   200,000 iterations    q = 2, 8 stages of 25,000 iterations   ema 0.9999   2.15
-# train_cifar.py --preset cifar10 is the first, but in fp16, and its rate falls to 0.
+# train_cifar.py --preset cifar10 is the first, in fp16 and with a rate that falls to 0.
 MID_SIGMA = 0.821       # the start of their second step: 80 -> x, then x + 0.821 eps -> x
 
 def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):

@@ -10,9 +10,9 @@ n = 2,000, even between real images. This bias is proportional to 1/n + 1/N for 
 So beside a distance stands its floor, n real images against n others, with a bias of 2/n. (Or two
 halves of the real images, if there are fewer.) A perfect model has (1/n + 1/N) / (2/n) of it.
 
-"Moves features by", below, is the largest change in any feature (they reach 39).
+"Moves features by" is the largest change in any feature (they reach 39).
 """
-import argparse, contextlib, pickle, sys, zipfile, zlib
+import argparse, contextlib, pickle, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -149,12 +149,7 @@ def features_of(images, extractor, rows=None):
     if rows is None:
         rows = torch.arange(len(images))
     batches = rows.split(250 if torch.cuda.is_available() else 16)          # what is fast
-    features = []
-    for batch in batches:
-        features.append(extractor(batch_of(images, batch)))
-        if getattr(sys.stderr, "isatty", bool)():           # a notebook's stderr may lack it
-            print(f"features: {len(features)} of {len(batches)}", end="\r", file=sys.stderr)
-    return torch.cat(features)
+    return torch.cat([extractor(batch_of(images, batch)) for batch in batches])
 
 # ---- Statistics and distance ---------------------------------------------------------------------
 def moments(features):
@@ -166,18 +161,13 @@ def moments(features):
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), means [d], covariances [d, d].
-    With cov1 = R R^T, the last trace is that of (R^T cov2 R)^(1/2). This matrix is symmetric, so
-    the trace is the sum of the roots of its eigenvalues, and no matrix root can fail.
+    The trace of a root is the sum of the roots of the eigenvalues, so no matrix root can fail.
     """
     # In float64, since the distance is a small difference of large traces.
     given = [torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2)]
     mean1, cov1, mean2, cov2 = given
-
-    # R from the eigenvalues of cov1. For n <= d some are 0, and come out as rounding errors.
-    values, vectors = torch.linalg.eigh(cov1)
-    values = values.where(values > 1e-12 * values[-1], 0)
-    root = vectors * values.sqrt()
-    shared = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
+    # None is negative, but for rounding: cov1 cov2 is similar to R^T cov2 R, with cov1 = R R^T.
+    shared = torch.linalg.eigvals(cov1 @ cov2).real.clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * shared
     return distance.clamp(min=0).item()
 
@@ -225,7 +215,6 @@ def read_images(source):
         labels = [file.relative_to(path).parent.as_posix() for file in images]
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
-
     # Labels, names or numbers, become 0, 1, 2, ... in sorted order. One class is no class.
     classes, labels = np.unique(labels, return_inverse=True)
     names = [str(name) for name in classes] if len(classes) > 1 else []

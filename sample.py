@@ -174,7 +174,7 @@ def main(arguments=None):
             save_grid(images, part, columns=round(args.n**0.5))
         else:
             np.savez(part, arr_0=images.permute(0, 2, 3, 1).numpy())
-    print(f"{args.out!a}: {args.n} samples in {steps} steps; classes: {names or 'none'}")
+    print(f"{str(args.out)!a}: {args.n} samples in {steps} steps; classes: {names or 'none'}")
 
 if __name__ == "__main__":
     main()

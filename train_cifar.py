@@ -71,7 +71,6 @@ def number(kind, low, high):
     return numeric
 
 COUNT = number(int, 1, 10**9)
-RATIO = number(float, 0, 1)
 SIZE = number(float, 0, 1e6)
 SWITCH = argparse.BooleanOptionalAction
 SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segmented": "multistep",
@@ -94,9 +93,9 @@ def add_settings(add):
     add("iters", 1000, 8_000, "iterations of tuning", type=number(int, 0, 10**9))
     add("pretrain_iters", 2500, 100_000, "iterations of training a diffusion model", type=COUNT)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
-    add("lr", 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=RATIO)
-    add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=RATIO)
-    add("ema", 0.99, 0.9993, "decay of the averaged weights", type=RATIO)
+    add("lr", 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=SIZE)
+    add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=SIZE)
+    add("ema", 0.99, 0.9993, "decay of the averaged weights", type=number(float, 0, 1))
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     add("width", 32, 128, "channels", type=int, choices=(8, 16, *range(32, 1025, 32)))
     add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
@@ -141,7 +140,6 @@ def read_settings(parser, arguments):
     for name, default in presets[settings.preset].items():
         if getattr(settings, name) is None:
             setattr(settings, name, default)
-
     settings.steps = sorted(set(settings.steps))
     if settings.method == "ect-segmented" and len(settings.steps) > 1:
         raise InputError("--method ect-segmented: needs a single number of --steps")
@@ -355,7 +353,6 @@ class UNet(nn.Module):
         c_skip = SIGMA_DATA**2 * c_in**2
         c_out = SIGMA_DATA * level * c_in
         c_noise = sigma.log() / 4                               # [B]
-
         # The weights are cast by hand: autocast would leave group norms in float32.
         dtype = torch.float16 if self.fp16 and x.is_cuda else torch.float32
         weights = {name: p.to(dtype) for name, p in self.model.named_parameters()}
@@ -472,7 +469,6 @@ def draw(data, settings, method, step):
     entropy = np.random.SeedSequence([settings.seed, int(method != "diffusion"), step])
     seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # of 63 bits
     chance = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
-
     # Images, noise and the seeds of the dropout masks.
     index = torch.randint(len(data.images), (batch,), **chance)
     drawn = {"x": data.images[index],
@@ -482,7 +478,6 @@ def draw(data, settings, method, step):
         # One in ten is trained without its label, so that the model can be guided (mcm.guided).
         kept = torch.rand(batch, **chance) > 0.1
         drawn["labels"] = data.labels[index].where(kept, -1)
-
     # Times: cosine's t, ECT's t and stage, or those of MCM's Algorithm 1 for an N of --steps.
     if method == "diffusion":
         drawn["t"] = torch.rand(batch, **chance)
@@ -509,14 +504,12 @@ def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stag
         alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
         z_t = alpha * x + sigma * eps
         return mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=1.0)
-
     if method in ("ect", "ect-segmented"):
         # The paper's ECT is a single segment, from 80 down to 0.
         N = settings.steps[0] if method == "ect-segmented" else 1
         edges = ect.segment_edges(N, x.device) if N > 1 else None
         D = mcm.conditioned(net, N, labels=labels, seed=seed)
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
-
     # MCM: training, where the data itself makes the step to s, or distillation of the teacher.
     teacher_f = None
     if method == "mcd":
@@ -537,13 +530,11 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
     weights = list(net.parameters())
     optimizer = torch.optim.RAdam(weights, foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
-
     # All gradients lie in one vector, each in the layout of its weights: one sum over processes.
     sizes = [p.numel() for p in weights]
     gradient = torch.zeros(sum(sizes), device=DEVICE)
     for p, part in zip(weights, gradient.split(sizes)):
         p.grad = part.as_strided(p.shape, p.stride())
-
     # One graph, which a GPU records and replays, all in channels last. (Left to itself the compiler
     # mixes layouts in a U-Net, and a step takes 1.5 times as long.)
     loss_of = torch.compile(step_loss, fullgraph=True, disable=not settings.compile, options={
@@ -627,7 +618,6 @@ def report(diffusion, tuned, data, settings, extractor):
     metric = fid.metric_name(settings.features, n)
     print(f"\n{data.name!a}: {metric}; floor, real images to real: {floor:.2f}\n"
           "model         steps  evaluations  distance  images/s")
-
     # Method, network, sampler, steps, evaluations: N steps before and after tuning, then EDM's 18.
     table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
     if settings.method != "diffusion":
@@ -766,7 +756,6 @@ def load_init(settings, data):
         path = fid.download(*EDM)
         print("EDM's weights are CC BY-NC-SA 4.0: no commercial use, nor of models made from them")
     settings.init = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-
     if Path(path).suffix == ".pkl":             # EDM's. (ECT's are tuned already, but they load.)
         weights, arguments = load_edm(path)
         net = UNet(**arguments)
@@ -777,7 +766,6 @@ def load_init(settings, data):
         net = load_network(state)
         if state["method"] != "diffusion":
             raise InputError(f"--init {path}: tuned already, give a diffusion model")
-
     # It may lack labels, or have some that are not used.
     has, needs = net.arguments.get("classes"), len(data.class_names)
     if net.image_shape != data.images.shape[1:] or (has and needs and has != needs):
