@@ -21,8 +21,8 @@ import torch
 
 import mcm
 
-# The authors' recipes for CIFAR-10 start from EDM's unconditional VP weights. Both use RAdam at a
-# constant 1e-4, batch 128, dropout 0.2, c = 0, no flips. Their 2-step FIDs stand at the right.
+# The authors' recipes for CIFAR-10, with their 2-step FIDs. Both start from EDM's unconditional VP
+# weights and use RAdam at a constant 1e-4, batch 128, dropout 0.2, c = 0, no flips.
 #   8,000 iterations      q = 256, one stage                     ema 0.9993   2.73 (one A100 hour)
 #   200,000 iterations    q = 2, 8 stages of 25,000 iterations   ema 0.9999   2.15
 # train_cifar.py --preset cifar10 is the first, in fp16 and with a rate that falls to 0.
@@ -48,8 +48,7 @@ def segment_edges(steps, device=None):
 def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     """ECT's loss for data x [B, ...], noise eps [B, ...], t [B] of draw_t and a stage -> [B].
     edges None: the paper. edges [N - 1], of segment_edges: N segments, with a denoiser that is told
-    its segment, mcm.conditioned(D, N).
-    """
+    its segment, mcm.conditioned(D, N)."""
     # (1) The earlier time. In segments it stops at the lower edge of t's segment.
     edge = torch.zeros_like(t)
     if edges is not None:

@@ -57,8 +57,7 @@ def resize_tf1(images):
     """[N, C, H, W] in 0..255 -> float32 [N, C, 299, 299], as TensorFlow 1 resizes.
     It reads at i * size / 299 (half a pixel of offset moves features by 0.8). With one more
     pixel at the right and the bottom, and 300 instead of 299, align_corners reads at
-    i * (size + 1 - 1) / (300 - 1), the same. In float64, because float32 rounds these positions.
-    """
+    i * (size + 1 - 1) / (300 - 1), the same. In float64, because float32 rounds these positions."""
     padded = F.pad(images.double(), (0, 1, 0, 1), mode="replicate")
     larger = F.interpolate(padded, size=(300, 300), mode="bilinear", align_corners=True)
     return larger[:, :, :299, :299].float()
@@ -67,8 +66,7 @@ def resize_tf1(images):
 # out (counting it moves features by 2.5). The last block has a maximum (an average: by 9.6).
 def uncount_padding(branch_pool, inputs):
     """Sums over 3x3 pixels, divided by 9 -> divided by the number of them inside the image."""
-    share_inside = F.avg_pool2d(torch.ones_like(inputs[0]), 3, stride=1, padding=1)
-    return inputs[0] / share_inside
+    return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0]), 3, stride=1, padding=1)
 
 class LastBlock(inception.InceptionE):
     def forward(self, x):               # [N, 2048, H, W], the last 192 of them the pool's
@@ -104,8 +102,7 @@ class InceptionFID(inception.Inception3):
 def random_features(images):
     """uint8 [N, 3, H, W] -> [N, 36]: colours, and energies of random filters. No download.
     They are few because the floor grows with their number. At full size nothing is strided, so
-    that grain is seen. The factors 24 and 8 were chosen on CIFAR-10.
-    """
+    that grain is seen. The factors 24 and 8 were chosen on CIFAR-10."""
     x = images.float() / 127.5 - 1
     rng = np.random.default_rng(2)
     # The mean colours of the four quarters, then log energies at full and at half size.
@@ -113,8 +110,7 @@ def random_features(images):
     for scale, weight in ((1, 24), (2, 8)):
         y = F.avg_pool2d(x, scale)
         for layer in range(2):
-            channels = y.shape[1]
-            filters = rng.standard_normal((12, channels, 3, 3)) / (9 * channels) ** 0.5
+            filters = rng.standard_normal((12, y.shape[1], 3, 3)) / (9 * y.shape[1]) ** 0.5
             if scale == 1:                          # blind to flat areas
                 filters -= filters.mean((2, 3), keepdims=True)
             y = F.conv2d(y, torch.from_numpy(filters).to(y)).abs()
@@ -123,8 +119,7 @@ def random_features(images):
 
 def load_extractor(features, example, device="cpu"):
     """"inception", "random" or a TorchScript file -> a function, uint8 [N, 3, H, W] -> [N, d].
-    It is tried on an example, images of that shape, before any work.
-    """
+    It is tried on an example, images of that shape, before any work."""
     net = random_features
     if features == "inception":         # so a file of this name is "./inception", and no FID
         net = InceptionFID().to(device, torch.float32)
@@ -162,8 +157,7 @@ def moments(features):
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), means [d], covariances [d, d].
     The trace of a root is the sum of the roots of the eigenvalues, so no matrix root can fail.
-    """
-    # In float64, since the distance is a small difference of large traces.
+    In float64, because the distance is a small difference of large traces."""
     given = [torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2)]
     mean1, cov1, mean2, cov2 = given
     # None is negative, but for rounding: cov1 cov2 is similar to R^T cov2 R, with cov1 = R R^T.
@@ -182,16 +176,13 @@ def floor_of(real, n):
 
 def metric_name(features, n):
     """FID only for what papers call FID. Any other distance is named after its features and n."""
-    if features == "inception" and n >= 50_000:
-        return "FID"
-    return f"FD({features})@{n}"
+    return "FID" if features == "inception" and n >= 50_000 else f"FD({features})@{n}"
 
 # ---- Images --------------------------------------------------------------------------------------
 def read_images(source):
     """A folder, an .npz or "cifar10" -> images, labels int64 [n], class names.
     The images are uint8 [n, 3, H, W], or the paths of n files, which may not all fit into memory:
-    see batch_of. The label of a file is its folder. InputError for what cannot be read.
-    """
+    see batch_of. The label of a file is its folder. InputError for what cannot be read."""
     path = Path(source)
     if source == "cifar10":
         with refuse(f"data/{CIFAR10.filename}: put {CIFAR10.url} there"):
@@ -222,8 +213,7 @@ def read_images(source):
 
 def files_below(folder, seen):
     """Yields the files in a folder and below, sorted: through links, but none that is hidden.
-    seen: a set of the folders that were read, so that a link cannot lead in a circle.
-    """
+    seen: a set of the folders that were read, so that a link cannot lead in a circle."""
     seen.add(folder.resolve())
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "__MACOSX":
@@ -234,8 +224,7 @@ def files_below(folder, seen):
             yield from files_below(path, seen)
 
 def decode(file):
-    """An image's path -> uint8 [3, H, W]."""
-    # Over a damaged file Pillow raises whatever it likes.
+    """An image's path -> uint8 [3, H, W]. Over a damaged file Pillow raises whatever it likes."""
     with refuse(f"{file} cannot be read", Exception), Image.open(file) as image:
         if image.mode.startswith(("I", "F")):               # Pillow would clip these
             raise ValueError("more than 8 bits a channel")

@@ -44,8 +44,7 @@ ANGLE_MIN, ANGLE_MAX = math.atan(SIGMA_MIN), math.atan(SIGMA_MAX)
 
 def cosine(t):
     """Variance preserving: t in [0, 1] -> alpha = cos(angle), sigma = sin(angle), in t's shape.
-    sigma / alpha rises from 0.002 to 80. SNR is alpha^2 / sigma^2.
-    """
+    sigma / alpha rises from 0.002 to 80. SNR is alpha^2 / sigma^2."""
     angle = ANGLE_MIN + torch.as_tensor(t) * (ANGLE_MAX - ANGLE_MIN)
     return angle.cos(), angle.sin()
 
@@ -87,8 +86,7 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     """Algorithm 3, adjusted DDIM, with eq. (14) -> z_s [B, ...].
     A diffusion model's x is the mean of all images that z_t may come from, so DDIM loses their
     variance. aDDIM makes the noise a little longer to put it back. x_var, a number or [B], is the
-    variance per element that x lacks. With x_var = 0 this is ddim.
-    """
+    variance per element that x lacks. With x_var = 0 this is ddim."""
     alpha_t, sigma_t = alpha_sigma(schedule, t, z_t)
     alpha_s, sigma_s = alpha_sigma(schedule, s, z_t)
     eps_hat = (z_t - alpha_t * x) / sigma_t
@@ -101,8 +99,7 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
     """T(i) at iteration i: the teacher steps in all of [0, 1], log-linear from start to end.
     f can be right at t once it is right at s, so it learns upward from a segment's lower edge. With
-    few long steps this is fast, but they are inexact. So T starts small.
-    """
+    few long steps this is fast, but they are inexact. So T starts small."""
     progress = min(max(i / anneal, 0.0), 1.0)
     return start * (end / start) ** progress
 
@@ -111,8 +108,7 @@ def draw_times(batch, student_steps, teacher_steps, generator=None, device=None,
     student_steps: N, or int64 [B] where one network serves several N.
     teacher_steps: T(i) > 0, a number. We round it to T = n N, with n >= 1 whole steps in each
         segment. (In the paper T stays T(i), which N need not divide.)
-    u: [2, B] in [0, 1), in place of torch.rand.
-    """
+    u: [2, B] in [0, 1), in place of torch.rand."""
     if u is None:
         u = torch.rand(2, batch, generator=generator, device=device, dtype=torch.float32)
     N = torch.as_tensor(student_steps, device=u.device)
@@ -136,8 +132,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     f_ref           the reference. None: f itself. TRACT (2303.04248): an average of f.
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
     f is called at s without gradient, then at t with. Dropout should have one mask for both calls.
-    draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at each.
-    """
+    draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at each."""
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
     z_t = alpha_t * x + sigma_t * eps
@@ -165,8 +160,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
 def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     """The x whose jump from z_t lands where the reference's jump from z_s lands -> [B, ...].
     Both jumps end at t_step. For s = t_step no jump is left, and the place is z_s. Without a
-    teacher the result is then x, the target of a diffusion model, eq. (8).
-    """
+    teacher the result is then x, the target of a diffusion model, eq. (8)."""
     # Where no jump is left, x_ref is not used. It is computed at t there, because s may be 0, where
     # f is undefined: a network takes the logarithm of the noise level.
     no_jump_left = s <= t_step
@@ -179,8 +173,7 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """The pseudo-Huber distance of two guesses of x [B, ...], measured in v-space -> [B].
     v = alpha eps - sigma x. With alpha^2 + sigma^2 = 1 it is (alpha z_t - x) / sigma, and so
     dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. The root below serves every schedule.
-    We take the mean over elements where the paper takes the sum: huber_eps is an error per element.
-    """
+    The mean over elements, where the paper has a sum: huber_eps is an error per element."""
     alpha, sigma = alpha_sigma(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
     return pseudo_huber(mean_per_sample(v_difference**2), huber_eps)
@@ -190,12 +183,10 @@ def pseudo_huber(square, c):
     return square / ((square + c**2 + 1e-30) ** 0.5 + c)    # 1e-30: a finite slope at 0
 
 # ---- Networks ------------------------------------------------------------------------------------
-# A network is a denoiser D(x, sigma [B]) -> x_hat [B, ...]. Its x is noisy: image + sigma eps.
 def make_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) -> x_hat from a denoiser: f(z, t) = D(z / alpha, sigma / alpha).
     steps (N, or int64 [B]) and condition: see `conditioned`. D gets z's dtype, and sigma in float32
-    or better: a network in half precision casts its input itself.
-    """
+    or better: a network in half precision casts its input itself."""
     D = conditioned(denoise, steps, **condition)
     def f(z, t):
         alpha, sigma = alpha_sigma(schedule, t, z)
@@ -213,16 +204,14 @@ def conditioned(denoise, steps=None, **condition):
 def segment_of(sigma, steps):
     """Which of the N segments of cosine's t holds the noise level sigma / alpha [B] -> int64 [B].
     A level on an edge belongs to the segment below it. The 1e-4 (of a segment) allows for a level
-    that was rounded up. So a segment may have 10,000 teacher steps, but not more.
-    """
+    that was rounded up. So a segment may have 10,000 teacher steps, but not more."""
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
     return (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1).long() - 1
 
 def segment_row(sigma, steps):
     """The row of (N, segment) in one table for all N -> int64 [B]: N = 1 has row 0, N = 2 has 1, 2.
     The paper does not tell the network its segment. We do, because its target is discontinuous
-    where two segments meet.
-    """
+    where two segments meet."""
     return segment_of(sigma, steps) + steps * (steps - 1) // 2
 
 def guided(f, f_uncond, weight):

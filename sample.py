@@ -1,7 +1,6 @@
 """Samplers: plain functions of a network and noise. And a command, from a checkpoint to images.
 
-    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments
-                              (given the f of a diffusion model, it is DDIM)
+    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments; DDIM
     addim       f(z, t)       MCM Algorithm 3: DDIM that keeps the variance of the images
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
@@ -34,8 +33,7 @@ def guess(network, x, t, dtype):
 def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
     """MCM Algorithm 2: z [B, ...] at the first time -> z at the last, which is the image.
     steps: N, for the times 1, (N - 1)/N, ..., 0, or a list of falling times of the schedule.
-    x_var: None for DDIM, or for aDDIM a function (alpha_t, sigma_t) -> variance per element.
-    """
+    x_var: None for DDIM, or for aDDIM a function (alpha_t, sigma_t) -> variance per element."""
     times = steps
     if np.ndim(steps) == 0:
         times = [i / steps for i in range(steps, -1, -1)]
@@ -61,8 +59,7 @@ def addim(f, z, steps, x_var=paper_x_var, schedule=mcm.cosine):
 def renoise(denoise, latents, sigmas, noise=None):
     """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...].
     sigmas: falling noise levels, one for each step. ECT's two steps are [80, 0.821].
-    noise: one [B, ...] for each sigma after the first. None: drawn here.
-    """
+    noise: one [B, ...] for each sigma after the first. None: drawn here."""
     x = guess(denoise, sigmas[0] * latents.double(), sigmas[0], latents.dtype)
     for i, sigma in enumerate(sigmas[1:]):
         eps = torch.randn_like(x) if noise is None else noise[i].double()
@@ -93,8 +90,7 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
 def sample_batch(net, sampler, steps, noise, labels=None):
     """noise [draws, B, C, H, W], one draw or, for "renoise", one for each step -> x [B, C, H, W].
     sampler: "multistep" for MCT, MCD and ECT in segments; "renoise" for ECT; "ddim" or "heun" for a
-    diffusion model. labels: int64 [B], -1 for none, or None for no labels at all.
-    """
+    diffusion model. labels: int64 [B], -1 for none, or None for no labels at all."""
     if sampler == "multistep":
         return multistep(mcm.make_f(net, steps=steps, labels=labels), noise[0], steps)
     if sampler == "ddim":
@@ -104,15 +100,13 @@ def sample_batch(net, sampler, steps, noise, labels=None):
     if sampler == "renoise":
         # ECT gives a level for two steps. For others we take equal distances in cosine's t.
         later = [ect.MID_SIGMA] if steps == 2 else ect.segment_edges(steps).flip(0).tolist()
-        sigmas = [mcm.SIGMA_MAX] + later
         D = mcm.conditioned(net, 1, labels=labels)              # trained as one segment
-        return renoise(D, noise[0], sigmas, noise[1:])
+        return renoise(D, noise[0], [mcm.SIGMA_MAX] + later, noise[1:])
     raise ValueError(f"sampler {sampler}: not multistep, ddim, heun or renoise")
 
 def generate(net, sampler, steps, numbers, seed=0, labels=None):
     """Images of a train_cifar.UNet -> uint8 [n, C, H, W] on the CPU.
-    numbers: int64 [n]: the noise of an image depends on (seed, its number) alone. labels: [n].
-    """
+    numbers: int64 [n]: the noise of an image depends on (seed, its number) alone. labels: [n]."""
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1
     shape = (draws, *net.image_shape)
@@ -163,10 +157,9 @@ def main(arguments=None):
     except (InputError, OSError) as error:
         parser.error(str(error))
 
-    labels = None
-    if names:
-        chosen = range(len(names)) if args.prompt is None else [names.index(args.prompt)]
-        labels = torch.tensor(chosen)[torch.arange(args.n) % len(chosen)]
+    labels = torch.arange(args.n) % len(names) if names else None
+    if args.prompt is not None:
+        labels = torch.full((args.n,), names.index(args.prompt))
     net = train_cifar.load_network(state)
     images = generate(net, sampler, steps, torch.arange(args.n), args.seed, labels)
     with train_cifar.atomic(args.out) as part:

@@ -31,17 +31,16 @@ from fid import InputError, refuse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# ---- Several processes, each with its rows of every batch: only rounding depends on their number --
+# ---- Several processes: each has its rows of every batch, and only rounding depends on how many ---
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ              # set by torchrun alone
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 def join_processes():
     """Each process gets its GPU and can reach the others. Only the first one prints."""
-    backend = "gloo"
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -70,7 +69,7 @@ def number(kind, low, high):
         return kind(text)
     return numeric
 
-COUNT = number(int, 1, 10**9)
+COUNT = number(int, 0, 10**9)
 SIZE = number(float, 0, 1e6)
 SWITCH = argparse.BooleanOptionalAction
 SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segmented": "multistep",
@@ -80,8 +79,7 @@ def add_settings(add):
     """Calls add(name, value in preset shapes, in cifar10, help, how argparse reads it).
     "cifar10" has the settings of ECT's A100 hour, which have a published number, and MCM's T and
     huber_eps. "shapes" is small and short. Errors add up over the teacher steps, so it has fewer
-    (T; for ECT, a smaller q^stages). Its other settings were found by trying, see the README.
-    """
+    (T; for ECT, a smaller q^stages). Its other settings were found by trying, see the README."""
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
     add("method", "mct", "ect", "the loss; diffusion: train --init further", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
@@ -90,7 +88,7 @@ def add_settings(add):
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=SIZE)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1.
-    add("iters", 1000, 8_000, "iterations of tuning", type=number(int, 0, 10**9))
+    add("iters", 1000, 8_000, "iterations of tuning", type=COUNT)
     add("pretrain_iters", 2500, 100_000, "iterations of training a diffusion model", type=COUNT)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     add("lr", 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=SIZE)
@@ -177,8 +175,7 @@ def hash32(h):
 def dropout(x, p, seed, layer):
     """Dropout of x [B, C, H, W] by a mask that depends on (seed [B], layer, element) alone.
     Both passes of a consistency step must have one mask. A random generator would have to be set
-    back in between, which a CUDA graph cannot do.
-    """
+    back in between, which a CUDA graph cannot do."""
     element = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
     # The prime, 2^32 over the golden ratio, keeps the layers' seeds far apart.
     start = hash32((seed + 0x9E3779B1 * layer).int())               # [B]
@@ -194,8 +191,7 @@ def conv(c_in, c_out, kernel):      # keeps H and W
 
 class Block(nn.Module):
     """A residual block, x [B, c_in, H, W] and emb [B, c_emb] -> [B, c_out, H', W'].
-    p: of dropout. layer: the block's number. resample: a module that halves or doubles H and W.
-    """
+    p: of dropout. layer: the block's number. resample: a module that halves or doubles H and W."""
     def __init__(self, c_in, c_out, c_emb, p, layer, resample=None, attention=False):
         super().__init__()
         self.p, self.layer, self.attention = p, layer, attention
@@ -235,8 +231,7 @@ class Block(nn.Module):
 class DDPMpp(nn.Module):
     """The raw network F(c_in x, c_noise). Its blocks are called {side}x{side}_{block}, as EDM's.
     width, mult: channels of the levels. blocks: of each level. attention: sides that have it.
-    patch: works on patch x patch pixels at a time. segments: the rows of mcm.segment_row.
-    """
+    patch: works on patch x patch pixels at a time. segments: the rows of mcm.segment_row."""
     def __init__(self, width, mult, blocks, resolution, classes=0, augment_dim=0, dropout=0.0,
                  patch=1, segments=0, attention=(16,)):
         super().__init__()
@@ -305,8 +300,7 @@ class DDPMpp(nn.Module):
         angle = c_noise[:, None] * self.frequencies
         emb = torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype)
         if self.classes:
-            if labels is None:
-                labels = torch.full_like(c_noise, -1)
+            labels = torch.full_like(c_noise, -1) if labels is None else labels
             one_hot = labels[:, None] == torch.arange(self.classes, device=x.device)    # -1: zeros
             emb = emb + self.map_label(one_hot.to(x.dtype) * self.classes**0.5)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
@@ -331,8 +325,7 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
     It is the same in train() and eval(). (ECT's authors have sigma - 0.003 in eval()'s c_skip and
-    c_out.) A network of your own needs the same forward, and these attributes.
-    """
+    c_out.) A network of your own needs the same forward, and these attributes."""
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, **more):
         super().__init__()
         self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution)
@@ -343,8 +336,7 @@ class UNet(nn.Module):
     def forward(self, x, sigma, labels=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
         labels: int64 [B], -1 for none, or None. segment: int64 [B] of mcm.segment_row.
-        seed: int64 [B] in [0, 2^32) of the dropout masks, or None: no dropout.
-        """
+        seed: int64 [B] in [0, 2^32) of the dropout masks, or None: no dropout."""
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         # EDM, table 1. Input and target of the raw network have variance 1 at every sigma.
@@ -415,9 +407,7 @@ EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond
 
 class Inert(nn.Module):
     """Stands for an object of any class. Its state_dict() is that of the module it stands for.
-    EDM's classes arrive as calls of _reconstruct_persistent_obj, with a dict of their name and
-    state. Both are kept. The rest (getattr, numpy's scalars and types) is never read.
-    """
+    EDM's modules arrive with a dict of their class and state. The rest is never read."""
     def __init__(self, saved=None, *ignored):
         super().__init__()
         if isinstance(saved, dict):
@@ -451,10 +441,9 @@ def load_edm(path):
     """A .pkl of EDM or ECT -> (state dict of its EMA, arguments for UNet)."""
     with refuse(f"{path}: not a network of EDM or ECT"), open(path, "rb") as file:
         ema = EDMUnpickler(file).load()["ema"]
-        # Both classes are EDM's preconditioning, around a SongUNet that is called model.
         if ema.class_name not in ("EDMPrecond", "ECMPrecond") or ema.sigma_data != SIGMA_DATA:
             raise ValueError(f"it is {ema.class_name}, with another preconditioning")
-        its = ema.model._init_kwargs
+        its = ema.model._init_kwargs                    # of the SongUNet inside
         return ema.state_dict(), dict(
             width=its["model_channels"], mult=tuple(its["channel_mult"]), dropout=its["dropout"],
             blocks=its.get("num_blocks", 4), augment_dim=its.get("augment_dim", 0),
@@ -463,8 +452,7 @@ def load_edm(path):
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
 def draw(data, settings, method, step):
     """What iteration `step` draws -> a dict of [batch, ...], from (seed, method, step) alone.
-    So a run that was killed goes on with the very batches that it would have drawn.
-    """
+    So a run that was killed goes on with the very batches that it would have drawn."""
     device, batch = data.images.device, settings.batch
     entropy = np.random.SeedSequence([settings.seed, int(method != "diffusion"), step])
     seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # of 63 bits
@@ -511,9 +499,7 @@ def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stag
         D = mcm.conditioned(net, N, labels=labels, seed=seed)
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
     # MCM: training, where the data itself makes the step to s, or distillation of the teacher.
-    teacher_f = None
-    if method == "mcd":
-        teacher_f = mcm.make_f(teacher, labels=labels)
+    teacher_f = mcm.make_f(teacher, labels=labels) if method == "mcd" else None
     if settings.guidance:
         teacher_f = mcm.guided(teacher_f, mcm.make_f(teacher), settings.guidance)
     return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=teacher_f,
@@ -523,7 +509,6 @@ def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stag
 def train(net, teacher, data, settings, method, iters, peak_lr):
     """Trains `net` (teacher: for mcd) -> its average. The same call goes on where it was stopped."""
     path = Path(settings.out, "diffusion.pt" if method == "diffusion" else "tuned.pt")
-    # The network, the average of its weights, and how they are updated.
     net.to(DEVICE, memory_format=torch.channels_last)
     net.fp16 = settings.precision == "fp16"
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -535,8 +520,7 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
     gradient = torch.zeros(sum(sizes), device=DEVICE)
     for p, part in zip(weights, gradient.split(sizes)):
         p.grad = part.as_strided(p.shape, p.stride())
-    # One graph, which a GPU records and replays, all in channels last. (Left to itself the compiler
-    # mixes layouts in a U-Net, and a step takes 1.5 times as long.)
+    # One graph, that a GPU replays. Of mixed layouts, the compiler's choice, it takes 1.5 as long.
     loss_of = torch.compile(step_loss, fullgraph=True, disable=not settings.compile, options={
         "triton.cudagraphs": True, "force_layout_optimization": True})
 
@@ -550,7 +534,6 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
             if saved[name]:                     # the scaler has a state in fp16 only
                 part.load_state_dict(saved[name])
     print(f"{method}: {iters} iterations, {first} of them done")
-
     losses, clock = [], time.time()             # since the last line of the log
     with ctrl_c() as asked:
         for step in range(first, iters):
@@ -570,8 +553,8 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
 
             # Update their average: the mean of all weights so far, until its decay reaches --ema.
             decay = min(settings.ema, step / (1 + step))
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-            average(list(ema.parameters()), weights, step)
+            update_average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+            update_average(list(ema.parameters()), weights, step)
 
             # Log. Only here, in saving and, in fp16, in scaler.step does the host wait for the GPU.
             done = step + 1
@@ -596,7 +579,7 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
 def ctrl_c():
     """`with ctrl_c() as asked:` Ctrl-C only puts something into the list `asked`."""
     asked, before = [], signal.getsignal(signal.SIGINT)
-    # Only a main thread may set this. And a process that ignores Ctrl-C goes on doing so.
+    # Only a main thread may set it. A process that ignores it goes on doing so.
     is_ours = threading.current_thread() is threading.main_thread() and callable(before)
     if is_ours:
         signal.signal(signal.SIGINT, lambda *ignored: asked.append(True))
@@ -608,10 +591,9 @@ def ctrl_c():
 
 # ---- Results -------------------------------------------------------------------------------------
 def report(diffusion, tuned, data, settings, extractor):
-    """The diffusion model beside the tuned one: a table, result.json and dial.png.
-    Distances are from the whole data set. Each process makes and measures its share of images.
-    """
+    """The diffusion model beside the tuned one, against all data: a table, result.json, dial.png."""
     n, real = settings.fd_samples, data.images.cpu()
+    # Each process makes and measures its share of the images.
     mine = torch.arange(len(real)).tensor_split(WORLD)[RANK]
     real_features = gather(fid.features_of(real, extractor, mine))
     reference, floor = fid.moments(real_features), fid.floor_of(real_features, n)
@@ -621,13 +603,11 @@ def report(diffusion, tuned, data, settings, extractor):
     # Method, network, sampler, steps, evaluations: N steps before and after tuning, then EDM's 18.
     table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
     if settings.method != "diffusion":
-        sampler = SAMPLERS[settings.method]
-        table += [(settings.method, tuned, sampler, N, N) for N in settings.steps]
+        table += [(settings.method, tuned, SAMPLERS[settings.method], N, N) for N in settings.steps]
     table += [("diffusion", diffusion, "heun", 18, 35)]
     mine, labels = torch.arange(n).tensor_split(WORLD)[RANK], None
     if data.class_names:                        # those of n real images, in random order
         labels = data.labels[fid.shuffled(len(real))[mine % len(real)]]
-
     # A row of the table and a row of the picture for each.
     rows, pictures = [], []
     for method, net, sampler, steps, nfe in table:          # nfe: evaluations of the network
@@ -647,7 +627,6 @@ def report(diffusion, tuned, data, settings, extractor):
     print(f"pictures, a row for each line: {settings.out!a}/dial.png")
 
 # ---- All of it -----------------------------------------------------------------------------------
-# What cuDNN does: shapes are always the same, and TF32 would change some pixels.
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 def main(arguments=None):
     """The command line: read everything, train or load a diffusion model, tune it, report."""
@@ -673,8 +652,8 @@ def main(arguments=None):
         diffusion = UNet(settings.width, **NETS[settings.preset], classes=len(data.class_names),
                          dropout=settings.dropout, resolution=data.images.shape[-1])
         if not only_diffusion:
-            pretrain = settings.pretrain_iters, settings.pretrain_lr
-            diffusion = train(diffusion, None, data, settings, "diffusion", *pretrain)
+            how_long = settings.pretrain_iters, settings.pretrain_lr
+            diffusion = train(diffusion, None, data, settings, "diffusion", *how_long)
     diffusion.to(DEVICE, memory_format=torch.channels_last).requires_grad_(False)
     diffusion.fp16 = settings.precision == "fp16"
 
@@ -698,8 +677,7 @@ def atomic(path):
 
 def save(path, data, settings, method, step, parts):
     """One file of tensors and plain values: the parts, and all that sample.py needs.
-    If weights are not finite, or fp16 overflows at every loss scale, the run ends instead.
-    """
+    If weights are not finite, or fp16 overflows at every loss scale, the run ends instead."""
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
         sys.exit(f"error: {method}, iteration {step}: weights or losses not finite; {path}, if any, "
@@ -740,23 +718,21 @@ def open_run(settings, data):
                 raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
                                  f"{begun.get(name)}, not {now}; give another --out, or delete it")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    with atomic(Path(settings.out, "settings.json")) as file:       # an OSError, if it cannot be
-        file.write_text(json.dumps(vars(settings), indent=1))
+    Path(settings.out, ".part-").touch()        # an OSError, if it cannot be written
 
 def load_init(settings, data):
     """The diffusion model of --init, or None: train one. Settings get a hash instead of its path,
-    because a file may be moved or overwritten while a run waits to go on.
-    """
-    path = settings.init
-    if path == "none":
+    because a file may be moved or overwritten while a run waits to go on."""
+    if settings.init == "none":
         return None
-    if path == "shapes":
+    path = Path(settings.init)
+    if settings.init == "shapes":
         path = Path(__file__).parent / "assets/diffusion.pt"
-    if path == "edm":
+    if settings.init == "edm":
         path = fid.download(*EDM)
         print("EDM's weights are CC BY-NC-SA 4.0: no commercial use, nor of models made from them")
-    settings.init = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-    if Path(path).suffix == ".pkl":             # EDM's. (ECT's are tuned already, but they load.)
+    settings.init = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    if path.suffix == ".pkl":                   # EDM's. (ECT's are tuned already, but they load.)
         weights, arguments = load_edm(path)
         net = UNet(**arguments)
         with refuse(f"{path}: its network is not EDM's DDPM++"):
