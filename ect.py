@@ -46,9 +46,8 @@ def segment_edges(steps, device=None):
     return (sigma / alpha).float()
 
 def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
-    """ECT's loss for data x [B, ...], noise eps [B, ...], t [B] of draw_t and a stage -> [B].
-    edges None: the paper. edges [N - 1], of segment_edges: N segments, with a denoiser that is told
-    its segment, mcm.conditioned(D, N)."""
+    """ECT's loss for data x, noise eps [B, ...], t [B] of draw_t and a stage -> [B]. edges None:
+    the paper. edges [N - 1], of segment_edges: N segments, and a denoiser mcm.conditioned(D, N)."""
     # (1) The earlier time. In segments it stops at the lower edge of t's segment.
     edge = torch.zeros_like(t)
     if edges is not None:

@@ -32,8 +32,8 @@ class InputError(ValueError):
     """A mistake that the user can mend: one line that names it and the remedy."""
 
 # What is raised over a file that is damaged, of another program, or not there.
-DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
-           TypeError, ValueError, pickle.PickleError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, TypeError,
+           RuntimeError, ValueError, pickle.PickleError, zipfile.BadZipFile, zlib.error)
 
 @contextlib.contextmanager
 def refuse(message, kinds=DAMAGED):

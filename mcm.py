@@ -13,8 +13,8 @@ diffusion model.
                         <-------                the jump with f's x at s, the reference
                         <-----------            the jump with f's x at t, which must land there too
 
-In the drawing step = 1 and n_rel = 3, so t = 7/8, s = 6/8, t_step = 4/8. The symbols (B samples, "..."
-stands for any shape, such as C, H, W):
+In the drawing step = 1 and n_rel = 3, so t = 7/8, s = 6/8, t_step = 4/8. The symbols (there are B
+samples, and "..." is any shape, such as C, H, W):
     MCM's paper    ECT's paper    here          shape           what it is
     x              x              x             [B, ...]        a clean image, in [-1, 1]
     epsilon        epsilon        eps           [B, ...]        unit Gaussian noise

@@ -90,7 +90,7 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
 def sample_batch(net, sampler, steps, noise, labels=None):
     """noise [draws, B, C, H, W], one draw or, for "renoise", one for each step -> x [B, C, H, W].
     sampler: "multistep" for MCT, MCD and ECT in segments; "renoise" for ECT; "ddim" or "heun" for a
-    diffusion model. labels: int64 [B], -1 for none, or None for no labels at all."""
+    diffusion model. labels: int64 [B], -1 for none, or None."""
     if sampler == "multistep":
         return multistep(mcm.make_f(net, steps=steps, labels=labels), noise[0], steps)
     if sampler == "ddim":
@@ -133,8 +133,7 @@ def main(arguments=None):
     from train_cifar import InputError, number
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt",
-        help="tuned.pt or diffusion.pt of a run; default: shapes in 1, 2, 4 or 8 steps")
+    add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt", help="of a run")
     add("--steps", type=number(int, 1, 1000), help="default: the most that the model is for")
     add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
     add("--prompt", help="draw this class; default: all in turn")

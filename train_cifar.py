@@ -2,7 +2,7 @@
 
     python train_cifar.py --steps 2                      # the whole job, on a GPU or a laptop
     python train_cifar.py --method ect --steps 2         # Easy Consistency Tuning
-    python train_cifar.py --steps 1 2 4 8 --classes      # one network for the whole dial, captioned
+    python train_cifar.py --steps 1 2 4 8                # one network for the whole dial
     torchrun --nproc-per-node 8 train_cifar.py --steps 2 # on eight GPUs
 
 A diffusion model D(x, sigma) is loaded or trained. Then a copy is tuned to few steps. An iteration:
@@ -31,7 +31,7 @@ from fid import InputError, refuse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# ---- Several processes: each has its rows of every batch, and only rounding depends on how many ---
+# ---- Several processes: each has its rows of every batch. Only rounding depends on how many. -----
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ              # set by torchrun alone
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
@@ -84,7 +84,7 @@ def add_settings(add):
     add("method", "mct", "ect", "the loss; diffusion: train --init further", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
     add("init", "shapes", "edm", "EDM's .pkl or our .pt; none: train one first")
-    add("classes", False, False, "class labels (captions of shapes) for the network", action=SWITCH)
+    add("classes", True, False, "class labels (captions of shapes) for the network", action=SWITCH)
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=SIZE)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1.
@@ -129,10 +129,13 @@ def read_settings(parser, arguments):
     add_settings(add)
     settings = parser.parse_args(arguments)
 
-    # What is not given is the preset's. Its diffusion model fits only its own data and network.
+    # What is not given is the preset's. Its diffusion model and classes fit only its own data.
     settings.preset = settings.preset or choose_preset(settings.data)
-    if settings.init is None and (settings.width or settings.data not in (None, settings.preset)):
+    other_data = settings.data not in (None, settings.preset)
+    if settings.init is None and (settings.width or other_data):
         settings.init = "none"
+    if settings.classes is None and other_data:
+        settings.classes = False
     if settings.width and settings.init != "none":
         raise InputError("--width: the model of --init has its own; leave it out, or --init none")
     for name, default in presets[settings.preset].items():
@@ -355,7 +358,7 @@ class UNet(nn.Module):
 # ---- Data: uint8 images [n, 3, H, W], labels int64 [n], names of the classes ---------------------
 FORMS = ("disc", "square", "triangle")
 HUES = ("red", "green", "blue", "yellow", "purple")
-COLOURS = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220], [240, 200, 40], [170, 60, 190]])
+RGB = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220], [240, 200, 40], [170, 60, 190]])
 
 def shapes(n=20_000, size=32):
     """Forms in five colours on soft grey -> images, labels, names: "red disc", "red square", ..."""
@@ -376,7 +379,7 @@ def shapes(n=20_000, size=32):
         inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]
         ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp[:, None]
         hue = torch.randint(len(HUES), (len(form),), generator=g)
-        colour = COLOURS[hue][:, :, None, None]
+        colour = RGB[hue][:, :, None, None]
         images.append(inside * colour + (1 - inside) * ground[:, None])
         labels.append(hue * len(FORMS) + form)
     names = [f"{hue} {form}" for hue in HUES for form in FORMS]
@@ -475,8 +478,7 @@ def draw(data, settings, method, step):
         drawn["stage"] = torch.full((batch,), stage, device=device)
     else:
         which = torch.randint(len(settings.steps), (batch,), **chance)
-        # Without non_blocking, the host would wait for the copy.
-        N = torch.tensor(settings.steps).to(device, non_blocking=True)[which]
+        N = torch.tensor(settings.steps).to(device, non_blocking=True)[which]       # nobody waits
         T = mcm.teacher_steps(step, *settings.T, anneal=settings.iters / 2)
         t, s, t_step = mcm.draw_times(batch, N, T, **chance)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
@@ -507,7 +509,7 @@ def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stag
 
 # ---- The loop ------------------------------------------------------------------------------------
 def train(net, teacher, data, settings, method, iters, peak_lr):
-    """Trains `net` (teacher: for mcd) -> its average. The same call goes on where it was stopped."""
+    """Trains `net` (teacher: for mcd) -> its average. The same call goes on where one stopped."""
     path = Path(settings.out, "diffusion.pt" if method == "diffusion" else "tuned.pt")
     net.to(DEVICE, memory_format=torch.channels_last)
     net.fp16 = settings.precision == "fp16"
@@ -591,9 +593,9 @@ def ctrl_c():
 
 # ---- Results -------------------------------------------------------------------------------------
 def report(diffusion, tuned, data, settings, extractor):
-    """The diffusion model beside the tuned one, against all data: a table, result.json, dial.png."""
+    """The diffusion model beside the tuned one, against all data: a table, result.json, dial.png.
+    Each process makes and measures its share of the images."""
     n, real = settings.fd_samples, data.images.cpu()
-    # Each process makes and measures its share of the images.
     mine = torch.arange(len(real)).tensor_split(WORLD)[RANK]
     real_features = gather(fid.features_of(real, extractor, mine))
     reference, floor = fid.moments(real_features), fid.floor_of(real_features, n)
@@ -652,16 +654,16 @@ def main(arguments=None):
         diffusion = UNet(settings.width, **NETS[settings.preset], classes=len(data.class_names),
                          dropout=settings.dropout, resolution=data.images.shape[-1])
         if not only_diffusion:
-            how_long = settings.pretrain_iters, settings.pretrain_lr
-            diffusion = train(diffusion, None, data, settings, "diffusion", *how_long)
+            diffusion = train(diffusion, None, data, settings, "diffusion",
+                              settings.pretrain_iters, settings.pretrain_lr)
     diffusion.to(DEVICE, memory_format=torch.channels_last).requires_grad_(False)
     diffusion.fp16 = settings.precision == "fp16"
 
-    # Tune a copy. What is new in it, an embedding of labels or segments, is zero and changes nothing.
+    # Tune a copy. What is new, an embedding of labels or segments, is zero and changes nothing.
     more = dict(diffusion.arguments, dropout=settings.dropout)
     more["classes"] = more.get("classes") or len(data.class_names)
     if not only_diffusion:
-        more["segments"] = sum(range(max(settings.steps) + 1))      # rows of mcm.segment_row's table
+        more["segments"] = sum(range(max(settings.steps) + 1))      # the rows of mcm.segment_row
     net = UNet(**more)
     net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
     tuned = train(net, diffusion, data, settings, settings.method, settings.iters, settings.lr)
@@ -680,8 +682,8 @@ def save(path, data, settings, method, step, parts):
     If weights are not finite, or fp16 overflows at every loss scale, the run ends instead."""
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
-        sys.exit(f"error: {method}, iteration {step}: weights or losses not finite; {path}, if any, "
-                 "is kept, try --precision fp32, or a smaller --lr with another --out")
+        sys.exit(f"error: {method}, iteration {step}: not finite; {path}, if any, is kept; try "
+                 "--precision fp32, or a smaller --lr with another --out")
     steps = [18] if method == "diffusion" else settings.steps               # 18: EDM's
     state = {name: part.state_dict() for name, part in parts.items()}
     state.update(arguments=parts["ema"].arguments, method=method, step=step, steps=steps,
