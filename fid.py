@@ -41,7 +41,7 @@ def refuse(message, kinds=DAMAGED):
     try:
         yield
     except kinds as error:
-        raise InputError(f"{message} ({error})") from error
+        raise InputError(" ".join(f"{message} ({error})".split())) from error       # in one line
 
 def download(url, sha256):
     """The path of url's file in torch's cache, where it is downloaded if it is not there."""

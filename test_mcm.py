@@ -4,18 +4,17 @@
 or ../shared (arrays that the authors' own code computed), is skipped where there is none. A few of
 those numbers stand here, so that a clone guards itself.
 """
-import argparse, collections, copy, hashlib, io, json, math, os, pickle, re, shlex, shutil
-import signal, struct, sys, threading, types, zlib
+import argparse, collections, copy, hashlib, json, math, os, pickle, re, shlex, shutil, signal
+import struct, sys, threading, zlib
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import scipy
-import torch
+import scipy.linalg
+import torch, torch.distributed.run
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import ect, fid, mcm, sample, train_cifar
 from fid import InputError
@@ -111,12 +110,11 @@ def test_addim_is_finite_where_there_is_no_noise():
 
 def test_a_batch_of_two_is_two_batches_of_one():
     def run(rows):
-        x_, eps_, t_, s_, t_step_ = [value[rows] for value in (x, eps, t, s, t_step)]
-        mcd = mcm.consistency_loss(stand_in, x_, eps_, t_, s_, t_step_, teacher=gaussian)
-        segmented = ect.ect_loss(stand_in, x_, eps_, t_, 1, c=0.06, edges=ect.segment_edges(3))
+        part = [value[rows] for value in (x, eps, t, s, t_step)]
+        mcd = mcm.consistency_loss(stand_in, *part, teacher=gaussian)
+        segmented = ect.ect_loss(stand_in, *part[:3], 1, c=0.06, edges=ect.segment_edges(3))
         return torch.stack([mcd, segmented])
-    alone = [run([100]), run([700])]
-    close(run([100, 700]), torch.cat(alone, 1), rtol=1e-12)
+    close(run([100, 700]), torch.cat([run([100]), run([700])], 1), rtol=1e-12)
 
 def test_a_batch_may_be_empty():
     assert mean_per_sample(torch.zeros(0, 3, 8, 8)).shape == (0,)
@@ -135,21 +133,17 @@ def test_teacher_steps_grow_log_linearly():
     T = [mcm.teacher_steps(i) for i in (-1, 0, 50_000, 200_000)]
     close(T, [64, 64, (64 * 1280) ** 0.5, 1280])
 
-whole_steps = parametrize("N, T, n", [(1, 24, 24), (2, 25, 12), (8, 22, 3), (8, 3, 1)])
-
-@whole_steps
+@parametrize("N, T, n", [(1, 24, 24), (2, 25, 12), (8, 22, 3), (8, 3, 1)])
 def test_every_teacher_step_of_every_segment_is_drawn(N, T, n):
-    u = torch.cartesian_prod(torch.arange(N) / N, torch.arange(n) / n).T + 1e-4
-    t, s, t_step = mcm.draw_times(N * n, torch.full((N * n,), N), T, u=u)
-    close(t * N * n, torch.arange(N * n) + 1, rtol=1e-5)
-    close(t_step * N, torch.arange(N).repeat_interleave(n))
-
-@whole_steps
-def test_s_is_one_teacher_step_below_t_and_exact_on_an_edge(N, T, n):
-    u = torch.rand(2, 4096)
-    t, s, t_step = mcm.draw_times(4096, N, T, u=u)
-    close((t - s) * n * N, 1.0, atol=1e-4)
-    assert s.eq(t_step).equal(u[1] * n < 1)
+    """And where s is an edge, it is t_step to the last bit."""
+    k = torch.arange(N * n)
+    u = torch.stack([(k // n) / N, (k % n) / n]) + 1e-4
+    u[:, 0] = 0
+    t, s, t_step = mcm.draw_times(N * n, torch.full_like(k, N), T, u=u)
+    close(t * N * n, k + 1)
+    close(s * N * n, k)
+    close(t_step * N, k // n)
+    assert s.eq(t_step).equal(k % n == 0)
 
 def test_times_do_not_depend_on_the_default_dtype():
     """In bfloat16, s would often be t."""
@@ -164,17 +158,15 @@ def test_times_do_not_depend_on_the_default_dtype():
 
 @parametrize("N, T", [(1, 8192), (3, 64), (8, 1280), (64, 8192)])
 def test_the_network_is_told_the_segment_that_its_time_was_drawn_in(N, T):
-    """Also where t is the segment's upper edge, and the noise level was rounded up."""
+    """Also where t is the segment's upper edge, and the noise level is rounded up."""
     t, s, t_step = mcm.draw_times(10_000, N, T)
     alpha, sigma = cosine(t)
-    for rounding in (1.0, 1.000001):
-        segment = mcm.segment_of(sigma / alpha * rounding, N)
-        assert segment.equal((t_step * N).round().long())
+    segment = mcm.segment_of(1.000001 * sigma / alpha, N)
+    assert segment.equal((t_step * N).round().long())
 
 def test_a_row_stands_for_the_number_of_segments_and_the_segment():
-    ends = torch.tensor([0.0, 1e9])
-    rows = [mcm.segment_row(ends, N).tolist() for N in (1, 2, 3, 4)]
-    assert rows == [[0, 0], [1, 2], [3, 5], [6, 9]]
+    """N = 1 has row 0, N = 2 has 1 and 2, N = 3 has 3 to 5."""
+    assert mcm.segment_row(torch.tensor([0.0, 1.0, 1e9]), 3).tolist() == [3, 4, 5]
 
 def test_f_is_the_denoiser_at_the_same_noise_level():
     alpha, sigma = alpha_sigma(cosine, t, x)
@@ -241,12 +233,16 @@ def asked_of_f(**more):
 def test_f_is_asked_at_s_without_gradient_then_at_t_with():
     """And never at time 0, where a network would take the logarithm of 0."""
     (z_s, at_s, gradient_at_s), (z_t, at_t, gradient_at_t) = asked_of_f()
-    assert at_s.equal(torch.where(s > t_step, s, t))
-    assert at_t.equal(t)
+    close(at_s, torch.where(s > t_step, s, t), rtol=0, atol=0)
+    close(at_t, t, rtol=0, atol=0)
     assert [gradient_at_s, gradient_at_t] == [False, True]
 
 def test_a_teacher_steps_with_three_quarters_of_its_squared_error():
-    z_s = asked_of_f(teacher=stand_in)[0][0]
+    """And without gradient."""
+    def teacher(z, t):
+        assert not torch.is_grad_enabled()
+        return stand_in(z, t)
+    z_s = asked_of_f(teacher=teacher)[0][0]
     x_hat = stand_in(noisy(t), t)
     x_var = 0.75 * mean_per_sample((x_hat - x) ** 2)
     close(z_s, mcm.addim(x_hat, noisy(t), t, s, x_var))
@@ -262,28 +258,6 @@ def gaussian(x, sigma, variance=0.3):
     """The exact denoiser D(x, sigma) of Gaussian data."""
     return x * per_sample(variance / (variance + sigma**2), x)
 
-def gaussian_jump(x, sigma, segment, N, variance=0.3):
-    """Its consistency function: a jump ends where the flow ends, x ~ (variance + sigma^2)^1/2."""
-    alpha, edge = cosine((segment.double() - N * (N - 1) // 2) / N)
-    edge = edge / alpha
-    shrink = ((variance + edge**2) / (variance + sigma**2)) ** 0.5
-    return mcm.inv_ddim(x * per_sample(shrink, x), x, sigma, edge, edm)
-
-@parametrize("N", [1, 2, 4])
-def test_the_exact_f_has_a_loss_that_falls_as_the_square_of_the_step(N):
-    """A DDIM step of 1/T errs by O(1/T^2). Near an edge, the jump back divides by the distance."""
-    f = mcm.make_f(gaussian_jump, steps=N, N=N)
-    losses = []
-    for n in (64, 256):
-        k = torch.arange(n * N).double()
-        t_step = (k / n).floor() / N
-        data, noise = randn(2, n * N, 64)
-        loss = mcm.consistency_loss(f, 0.3**0.5 * data, noise, (k + 1) / (n * N), k / (n * N),
-                                    t_step, teacher=mcm.make_f(gaussian), x_var_frac=0.0,
-                                    huber_eps=0.0)
-        losses.append(loss.view(N, n)[:, n // 2:].mean())
-    assert 14 < losses[0] / losses[1] < 18
-
 # ---- ECT -----------------------------------------------------------------------------------------
 # r follows t by a fixed map, which tightens stage by stage. The loss is a norm of the difference of
 # the guesses at t and r, over t - r. It must be the authors' where theirs is finite, and finite
@@ -291,22 +265,9 @@ def test_the_exact_f_has_a_loss_that_falls_as_the_square_of_the_step(N):
 
 def test_r_is_that_of_the_authors():
     sigma = torch.tensor([0.198757457, 1.15992856, 6.76922660]).double()
-    theirs = {0: [0, 0, 3.3535489], 3: [0.14156763, 0.94900700, 6.3422669],
-              7: [0.19518309, 1.1467460, 6.7425416]}
-    for stage, r in theirs.items():
-        close(ect.t_to_r(sigma, stage), r, rtol=1e-7)
-    close(ect.t_to_r(sigma, 0, q=256), theirs[7], rtol=1e-7)
-
-@needs_fixtures
-@parametrize("q", [2, 4, 256])
-def test_r_is_that_of_the_authors_at_every_stage(q):
-    data = load("ect_t_to_r.npz")
-    ours = torch.stack([ect.t_to_r(data["t"], stage, q) for stage in range(9)])
-    close(ours, data[f"r64_q{q}_sigmoid"], rtol=1e-12, atol=1e-12)
-
-def test_t_is_log_normal():
-    sigma = ect.draw_t(10_000, -1.1, 2.0, torch.Generator().manual_seed(0))
-    assert scipy.stats.kstest(sigma.log().numpy(), "norm", (-1.1, 2.0)).pvalue > 0.01
+    close(ect.t_to_r(sigma, 0), [0, 0, 3.3535489], rtol=1e-7)
+    close(ect.t_to_r(sigma, 3), [0.14156763, 0.94900700, 6.3422669], rtol=1e-7)
+    close(ect.t_to_r(sigma, 0, q=256), [0.19518309, 1.1467460, 6.7425416], rtol=1e-7)
 
 def test_ects_loss_is_its_formula():
     n = 1 + 5 / (1 + (2 * t).exp())
@@ -317,27 +278,12 @@ def test_ects_loss_is_its_formula():
     close(loss, ((square + 0.06**2) ** 0.5 - 0.06) / (t - r))
 
 @needs_fixtures
-@parametrize("q, stage, c", [(2, 0, "0"), (2, 3, "0.06"), (2, 8, "0"), (4, 3, "0.06"),
-                                         (256, 0, "0.06"), (256, 1, "0")])
-def test_ects_loss_and_slope_are_the_authors(q, stage, c):
+@parametrize("q, stage, c", [(2, 0, "0"), (2, 8, "0.06"), (4, 3, "0.06"), (256, 1, "0")])
+def test_ects_loss_is_the_authors(q, stage, c):
     data = load("ect_loss_standin.npz")
-    w, images, noise, sigma = [data[name].double() for name in ("w", "x", "eps", "t_f64")]
-    denoise = mcm.conditioned(stand_in, w=w.requires_grad_())
-    loss = ect.ect_loss(denoise, images, noise, sigma, stage, q, c=float(c))
-    case = f"q{q}_sigmoid_s{stage}_c{c}_f64"
-    close(loss, data[f"loss_{case}"], rtol=1e-9)
-    close(torch.autograd.grad(loss.mean(), w)[0], data[f"gradw_{case}"], rtol=1e-8)
-
-@needs_fixtures
-@parametrize("stage, c, rtol", [(0, "0", 2e-4), (0, "0.06", 2e-4), (3, "0", 1e-3)])
-def test_ects_loss_of_a_network_is_the_authors(stage, c, rtol):
-    """Some samples have r = 0, where the network would be NaN."""
-    data = load("ect_loss_net.npz")
-    net = train_cifar.UNet(8)
-    net.load_state_dict(load("ect_snapshot_tiny_state.npz"))
-    sigma = (2 * data["rnd_normal"] - 1.1).exp()
-    loss = ect.ect_loss(net, data["x"], data["eps"], sigma, stage, c=float(c))
-    close(loss, data[f"loss_s{stage}_c{c}"], rtol=rtol)
+    images, noise, sigma = [data[name].double() for name in ("x", "eps", "t_f64")]
+    loss = ect.ect_loss(stand_in, images, noise, sigma, stage, q, c=float(c))
+    close(loss, data[f"loss_q{q}_sigmoid_s{stage}_c{c}_f64"], rtol=1e-9)
 
 def test_the_weight_is_over_the_very_r_that_the_network_sees():
     """D = ln sigma, so the loss is (ln t - ln r) / (t - r), which is 1 / t for a small t - r."""
@@ -357,10 +303,6 @@ def test_where_r_is_0_ects_target_is_the_data():
 def test_ects_segments_are_equal_in_cosines_time():
     alpha, sigma = cosine(torch.tensor([0.25, 0.5, 0.75]))
     close(ect.segment_edges(4), sigma / alpha)
-
-def test_one_segment_is_ect():
-    loss = ect.ect_loss(stand_in, x, eps, t, 3)
-    close(ect.ect_loss(stand_in, x, eps, t, 3, edges=ect.segment_edges(1)), loss)
 
 def test_in_segments_the_places_where_the_guesses_land_are_compared():
     edges = ect.segment_edges(4).double()
@@ -384,6 +326,13 @@ def test_just_above_an_edge_ects_loss_is_bounded():
 # With an exact network a sampler must reach the right images: in one jump, or with its order of
 # accuracy. It asks at the right noise levels, in the noise's dtype, and an image depends on its
 # seed and number alone.
+
+def gaussian_jump(x, sigma, segment, N, variance=0.3):
+    """Its consistency function: a jump ends where the flow ends, x ~ (variance + sigma^2)^1/2."""
+    alpha, edge = cosine((segment.double() - N * (N - 1) // 2) / N)
+    edge = edge / alpha
+    shrink = ((variance + edge**2) / (variance + sigma**2)) ** 0.5
+    return mcm.inv_ddim(x * per_sample(shrink, x), x, sigma, edge, edm)
 
 @parametrize("N", [1, 2, 4])
 def test_multistep_with_the_exact_f_makes_the_data(N):
@@ -413,14 +362,14 @@ def test_ddim_on_stable_diffusions_alphas_keeps_what_its_closed_form_says(N):
     close(sample.multistep(f, z, N, stable_diffusion), kept.prod() * z, rtol=1e-5)
 
 def test_addim_keeps_a_small_variance_ten_times_better_than_ddim():
-    """With the exact posterior variance. For DDIM it is an error of first order."""
-    z, small = randn(64, 10_000), 1e-4
-    f = mcm.make_f(gaussian, variance=small)
+    """With the exact posterior variance, of Gaussian data of variance 1e-4."""
+    z = randn(64, 10_000)
+    f = mcm.make_f(gaussian, variance=1e-4)
     def posterior(alpha, sigma):
-        return small * sigma**2 / (alpha**2 * small + sigma**2)
-    errors = [abs(images.var() - small - mcm.SIGMA_MIN**2)
-              for images in (sample.addim(f, z, 8, posterior), sample.multistep(f, z, 8))]
-    assert errors[0] < 0.1 * errors[1]
+        return 1e-4 * sigma**2 / (alpha**2 * 1e-4 + sigma**2)
+    right = 1e-4 + mcm.SIGMA_MIN**2
+    error = sample.addim(f, z, 8, posterior).var() - right
+    assert abs(error) < 0.1 * abs(sample.multistep(f, z, 8).var() - right)
 
 def test_addims_variance_is_the_papers():
     close(sample.paper_x_var(torch.tensor(2.0), 1.0), 0.1 / 6)
@@ -433,16 +382,12 @@ def test_heun_is_of_second_order():
     assert 3 < errors[1] / errors[2] < 5
 
 def test_renoise_makes_the_authors_images():
-    """Of locuslab/ect's generator: three numbers, in one, two and three steps."""
-    latents = torch.tensor([0.33209962, 0.6448609, 0.01571346]).double()[:, None]
-    noise = torch.tensor([[0.85046473, -0.04251268, 0.72315282],
-                          [-0.12100735, -0.21589041, 0.46453619]]).double()[..., None]
-    theirs = {(80.0,): [0.11521869, 0.21353301, 0.00554838],
-              (80.0, 0.821): [0.44708863, 0.1035661, 0.33748862],
-              (80.0, 5.0, 0.821): [0.12394429, -0.10272411, 0.36355834]}
-    for sigmas, right in theirs.items():
-        made = sample.renoise(stand_in, latents, sigmas, noise)
-        close(made.flatten(), right, rtol=1e-6)
+    """Three numbers of locuslab/ect's generator, in three steps."""
+    latents = torch.tensor([[0.33209962, 0.6448609, 0.01571346]]).double()
+    noise = torch.tensor([[[0.85046473, -0.04251268, 0.72315282]],
+                          [[-0.12100735, -0.21589041, 0.46453619]]])
+    made = sample.renoise(stand_in, latents, [80, 5, 0.821], noise)
+    close(made, [[0.12394429, -0.10272411, 0.36355834]])
 
 class Recorder(torch.nn.Module):
     """A network that guesses x / 1000, with label 1 twice that, and notes what it is asked."""
@@ -471,7 +416,7 @@ class Recorder(torch.nn.Module):
 def test_a_sampler_asks_at_these_noise_levels_and_segments(sampler, steps, sigmas, segments):
     net = Recorder()
     sample.sample_batch(net, sampler, steps, randn(3, 2, 3, 4, 4))
-    close(net.sigmas, sigmas, rtol=0.03)
+    close(net.sigmas, sigmas, rtol=0.02)
     assert net.segments == segments
 
 @parametrize("dtype", [torch.float64, torch.float32])
@@ -515,15 +460,6 @@ def test_images_are_rounded_to_grey_levels(monkeypatch):
 # It is EDM's to the last key, so that the published weights give the published denoiser. What is
 # new in it begins without effect. Both passes of an iteration have the same dropout mask.
 
-def small_net(**more):
-    """A network away from the zeros that it starts with, always the same."""
-    torch.manual_seed(0)
-    size = {"resolution": 8, "attention": (), **more}
-    net = train_cifar.UNet(16, (1,), 1, **size).requires_grad_(False)
-    for weight in net.parameters():
-        weight += 0.05
-    return net
-
 def give_weights(net):
     """By the fixtures' rule for Inception, which will do for EDM's network: drawn by their keys."""
     state = net.requires_grad_(False).state_dict()
@@ -538,6 +474,10 @@ def give_weights(net):
         if "resample_filter" not in key:
             value.copy_(torch.as_tensor(drawn))
     return net
+
+def small_net(**more):
+    size = {"resolution": 8, "attention": (), **more}
+    return give_weights(train_cifar.UNet(16, (1,), 1, **size))
 
 def test_the_network_is_edms_in_a_few_numbers():
     """Computed when it gave all of the fixtures' numbers, see the next test."""
@@ -554,19 +494,15 @@ def test_the_network_is_edms(kind, classes):
     net = train_cifar.UNet(32, classes=classes, augment_dim=9).requires_grad_(False)
     net.load_state_dict(load(f"edm_{kind}_ch32_state.npz"))
     labels = io["class_labels"].argmax(1) if classes else None
-    close(net(io["x"], 1.5, labels), io["D_scalar_sigma"], rtol=0, atol=5e-5)
     raw = net.model(io["x"] * per_sample((io["sigma"] ** 2 + 0.25).rsqrt(), io["x"]),
                     io["sigma"].log() / 4, labels)
     close(raw, io["F"], rtol=0, atol=3e-5)
 
 def test_the_network_is_as_large_as_edms():
-    """55,733,891 parameters, 425 keys and 42.38 GFLOP an image."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"):
         net = train_cifar.UNet(augment_dim=9)
-        net.model(torch.empty(1, 3, 32, 32), torch.empty(1))
-    assert sum(p.numel() for p in net.parameters()) == 55_733_891
+    assert sum(weight.numel() for weight in net.parameters()) == 55_733_891
     assert len(net.state_dict()) == 425
-    close(counter.get_total_flops(), 42.38e9, rtol=1e-4)
 
 @parametrize("channels, groups", [(32, 8), (96, 24), (128, 32), (512, 32)])
 def test_a_group_has_4_channels_or_more_and_there_are_32_at_most(channels, groups):
@@ -576,55 +512,51 @@ def test_the_norm_adds_1e_6_to_the_variance():
     ramp = torch.tensor([-1e-3, 1e-3]).expand(1, 16, 2)
     close(train_cifar.group_norm(16)(ramp), ramp / 2e-6**0.5, rtol=1e-4)
 
-def test_new_embeddings_begin_without_effect():
-    """Of labels and segments: they can be added to a trained model."""
-    net = train_cifar.UNet(16, (1,), 1, 8, classes=3, segments=3)
-    net.model.dec["8x8_aux_conv"].weight.data += 1
-    x, told = randn(2, 3, 8, 8), dict(labels=torch.tensor([0, 2]), segment=torch.tensor([0, 2]))
-    before = net(x, 1.0)
-    close(net(x, 1.0, **told), before)
-    net.model.map_segment.weight.data += 1
-    assert net(x, 1.0, **told).ne(before).any()
+def test_new_embeddings_begin_with_zeros():
+    """Of labels and segments, so that they can be added to a trained network."""
+    model = train_cifar.UNet(16, (1,), 1, 8, classes=3, segments=3).model
+    assert not model.map_segment.weight.any()
+    assert not model.map_label.weight.any()
 
 def test_the_label_minus_1_is_no_label():
     net, x = small_net(classes=3), randn(2, 3, 8, 8)
     assert net(x, 1.0, torch.tensor([-1, -1])).equal(net(x, 1.0))
-    assert not net(x, 1.0, torch.tensor([0, 0])).equal(net(x, 1.0))
+
+def test_the_segment_matters():
+    net, x = small_net(segments=3), randn(1, 3, 8, 8)
+    assert net(x, 1.0, segment=torch.tensor([0])).ne(net(x, 1.0, segment=torch.tensor([2]))).any()
 
 @parametrize("device, backend", [        # inductor is slow on a CPU
     ("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=needs_gpu)])
 def test_the_dropout_mask_is_a_function_of_the_seed(device, backend):
     """Compiled or not, alone or in a batch."""
     net, x = small_net(dropout=0.5).to(device), randn(2, 3, 8, 8).to(device)
-    compiled, seed = torch.compile(net, backend=backend), torch.tensor([5, 6], device=device)
+    compiled = torch.compile(net, backend=backend)
+    seed = torch.tensor([5, 6], device=device)
     once = compiled(x, 1.0, seed=seed)
     assert once.equal(compiled(x, 1.0, seed=seed))
-    assert not once.allclose(compiled(x, 1.0, seed=seed + 1))
+    assert once.ne(compiled(x, 1.0, seed=seed + 1)).any()
     close(once[1:], net(x[1:], 1.0, seed=seed[1:]), atol=1e-3)
 
-def test_without_a_seed_there_is_no_dropout():
-    x = randn(2, 3, 8, 8)
-    assert small_net(dropout=0.5)(x, 1.0).equal(small_net()(x, 1.0))
+def test_each_block_has_a_dropout_mask_of_its_own():
+    layers = [part.layer for part in small_net().modules() if hasattr(part, "layer")]
+    assert layers == list(range(len(layers)))
 
 def test_dropout_masks_are_fair_and_unlike_each_other():
     """Of 32 samples in 2 layers."""
-    ones, seeds = torch.ones(32, 16, 16, 16), torch.arange(32)
-    kept = torch.cat([train_cifar.dropout(ones, 0.2, seeds, layer).flatten(1) for layer in (3, 4)])
+    ones = torch.ones(32, 4, 32, 32)
+    layers = [train_cifar.dropout(ones, 0.2, torch.arange(32), layer) for layer in (3, 4)]
+    kept = torch.cat(layers).flatten(1)
     assert kept.unique().tolist() == [0.0, 1.25]
     close(kept.mean(1), 1.0, atol=0.03)
     assert torch.corrcoef(kept).fill_diagonal_(0).abs().max() < 0.08
 
-def test_train_and_eval_compute_the_same():
-    net, x = small_net(dropout=0.5), randn(2, 3, 8, 8)
-    assert net.train()(x, 0.01).equal(net.eval()(x, 0.01))
-
+@needs_gpu
 def test_half_precision_is_near():
-    net, x = small_net(classes=2, segments=3), randn(2, 3, 8, 8)
-    told = dict(labels=torch.tensor([0, 1]), segment=torch.tensor([0, 2]))
-    right = net(x, 1.0, **told)
-    net.dtype = torch.float16
-    error = (net(x, 1.0, **told) - right).abs().max()
-    assert 0 < error < 0.05
+    net, x = small_net().cuda(), randn(2, 3, 8, 8).cuda()
+    right = net(x, 1.0)
+    net.fp16 = True
+    assert 0 < (net(x, 1.0) - right).abs().max() < 0.05
 
 # ---- One iteration -------------------------------------------------------------------------------
 # What it draws depends on (seed, method, iteration) alone. The loss is the one that the settings
@@ -659,15 +591,15 @@ class Iterations:
         return loss
 
 each_method = parametrize("line", [
-    "--method diffusion --classes", "--method mct --steps 1 2 4",
-    "--method mcd --classes --guidance 1", "--method ect", "--method ect-segmented --steps 4"])
+    "--method diffusion --classes", "--method mct --steps 1 2 4 --no-classes",
+    "--method mcd", "--method ect", "--method ect-segmented --steps 4"])
 
 def test_each_iteration_draws_its_own_noise():
+    """From (seed, method, iteration) alone."""
     its = Iterations("--seed 5")
-    again, diffusion = Iterations("--seed 5"), Iterations("--seed 5 --method diffusion")
-    assert its.draw(3)["eps"].equal(again.draw(3)["eps"])
-    others = [its.draw(4), its.draw(3, seed=6), diffusion.draw(3)]
-    assert not any(drawn["eps"].equal(its.draw(3)["eps"]) for drawn in others)
+    draws = [its.draw(3), its.draw(3), its.draw(4), its.draw(3, seed=6),
+             Iterations("--seed 5 --method diffusion").draw(3)]
+    assert len({drawn["eps"].sum().item() for drawn in draws}) == 4
 
 def test_one_label_in_ten_is_dropped():
     drawn = Iterations("--classes").draw(0, batch=9000)
@@ -677,8 +609,8 @@ def test_mcm_draws_each_number_of_steps_and_T_that_grows_until_mid_run():
     its = Iterations("--steps 1 4 --T 8 64")
     for step, T in [(0, 8), (5, 64), (9, 64)]:
         drawn = its.draw(step, batch=9000)
-        close(drawn["t"].unique() * T, torch.arange(T) + 1, rtol=1e-5)
-        assert drawn["N"].unique().tolist() == [1, 4]
+        close(drawn["t"].unique() * T, torch.arange(T) + 1)
+    assert drawn["N"].unique().tolist() == [1, 4]
 
 def test_ect_draws_log_normal_times_and_the_stage():
     its = Iterations("--method ect --p-mean -1 --p-std 0.5")
@@ -692,15 +624,13 @@ def right_loss(its, x, eps, seed, t, labels=None, stage=None, N=None, s=None, t_
     f = mcm.make_f(its.net, steps=N, labels=labels)
     if its.method == "diffusion":
         return mcm.consistency_loss(f, x, eps, t, 0 * t, 0 * t, huber_eps=1.0)
-    if its.method == "ect":
-        return ect.ect_loss(mcm.conditioned(its.net, 1), x, eps, t, stage, 3, c=7)
-    if its.method == "ect-segmented":
-        D, edges = mcm.conditioned(its.net, 4), ect.segment_edges(4)
-        return ect.ect_loss(D, x, eps, t, stage, 3, c=7, edges=edges)
+    if "ect" in its.method:                         # one segment is ECT itself
+        N = 4 if "segmented" in its.method else 1
+        D = mcm.conditioned(its.net, N, labels=labels)
+        return ect.ect_loss(D, x, eps, t, stage, 3, c=7, edges=ect.segment_edges(N))
     teacher = None
     if its.method == "mcd":
         teacher = mcm.make_f(its.teacher, labels=labels)
-        teacher = mcm.guided(teacher, mcm.make_f(its.teacher), 1.0)
     return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=teacher, huber_eps=0.3)
 
 @each_method
@@ -759,20 +689,14 @@ def test_the_resize_is_tensorflows_in_a_few_numbers():
     resized = fid.resize_tf1(image)[0, 0]
     close(resized[[287, 287, 292], [287, 293, 292]], [108.738754, 110.558525, 108], atol=2e-3)
 
-@needs_fixtures
-@parametrize("size", ["32", "64x48"])
-def test_the_resize_is_tensorflows(size):
-    data = load("fid_resize.npz")
-    resized = fid.resize_tf1(data[f"img{size}"])
-    close(resized[:, :, ::13, ::13], data[f"tf1_{size}_stride13"], rtol=0, atol=2e-3)
-
 def test_inception_is_the_published_one_in_a_few_numbers():
     """Computed when it gave all of the fixtures' numbers. Folding BatchNorm changes nothing."""
     image = (torch.arange(3072) * 37 % 256).byte().view(1, 3, 32, 32)
     net = give_weights(fid.InceptionFID())
     features = net(image)
     close(net.fold()(image), features, rtol=0, atol=5e-4)
-    close(features[0, ::400], [0.062889, 0.108475, 0.145055, 7.567828, 5.975063, 0.026454], rtol=0, atol=5e-4)
+    right = [0.062889, 0.108475, 0.145055, 7.567828, 5.975063, 0.026454]
+    close(features[0, ::400], right, rtol=0, atol=5e-4)
 
 @needs_fixtures
 def test_inception_is_the_published_one():
@@ -780,18 +704,11 @@ def test_inception_is_the_published_one():
     features = give_weights(fid.InceptionFID())(data["img64x48"])
     close(features, data["tfid_img64x48_2048"], rtol=0, atol=5e-4)
 
-def test_features_are_float32_within_a_hosts_autocast(monkeypatch):
-    image = torch.zeros(1, 3, 2, 2).byte()
-    monkeypatch.setattr(fid, "random_features", lambda images: images.float().mT @ torch.eye(2))
-    extractor = fid.load_extractor("random", image)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert extractor(image).dtype == torch.float32
-
 def test_random_features_are_these():
     """All distances in the README depend on them."""
     image = (torch.arange(3072) * 37 % 256).byte().view(1, 3, 32, 32)
-    features = fid.random_features(image)[0, [0, 11, 12, 23, 24, 35]]
-    close(features, [-0.01568627, 0.01568629, -26.53095, -21.32518, -13.97991, -15.98173], rtol=1e-4)
+    features = fid.random_features(image)[0, [0, 23, 35]]
+    close(features, [-0.01568627, -21.32518, -15.98173], rtol=1e-5)
 
 def test_frechet_distance_of_independent_gaussians():
     """|m1 - m2|^2 + sum (s1 - s2)^2."""
@@ -810,14 +727,6 @@ def test_frechet_distance_of_fewer_images_than_features():
     mean, cov = fid.moments(randn(20, 50))
     close(fid.frechet_distance(mean, cov, mean + 3, cov), 50 * 3**2)
 
-@needs_fixtures
-def test_frechet_distance_is_the_published_one():
-    data = load("fid_frechet.npz")
-    pair = [data[f"{name}_pair0"] for name in ("mu1", "sigma1", "mu2", "sigma2")]
-    close(fid.frechet_distance(*pair), data["fd_pair0"], rtol=1e-9)
-    few = fid.moments(data["x_rankdef"]), fid.moments(data["y_rankdef"])
-    close(fid.frechet_distance(*few[0], *few[1]), data["fd_exact_rankdef"])
-
 def test_moments_are_numpys_with_a_large_mean():
     features = randn(300, 5).float() + 1e4
     mean, cov = fid.moments(features)
@@ -826,14 +735,13 @@ def test_moments_are_numpys_with_a_large_mean():
 
 def test_the_floor_is_the_distance_of_n_real_images_from_n_others():
     features = randn(100, 3)
-    order = fid.shuffled(100)
-    for n, half in [(10, 10), (80, 50)]:
-        one, other = features[order[:half]], features[order[half:2 * half]]
-        right = fid.frechet_distance(*fid.moments(one), *fid.moments(other))
-        close(fid.floor_of(features, n), right)
+    one, other = features[fid.shuffled(100)[:20]].split(10)
+    right = fid.frechet_distance(*fid.moments(one), *fid.moments(other))
+    close(fid.floor_of(features, 10), right)
 
-@parametrize("features, n, name", [("inception", 50_000, "FID"), ("random", 50_000, "FD(random)@50000"),
-                                   ("inception", 49_999, "FD(inception)@49999")])
+@parametrize("features, n, name", [
+    ("inception", 50_000, "FID"), ("inception", 49_999, "FD(inception)@49999"),
+    ("random", 50_000, "FD(random)@50000")])
 def test_only_what_papers_call_fid_is_called_so(features, n, name):
     assert fid.metric_name(features, n) == name
 
@@ -844,9 +752,9 @@ def test_features_are_those_of_the_rows_asked_for(monkeypatch):
     features = fid.features_of(images, lambda batch: batch.flatten(1), rows)
     assert features.equal(images[rows].flatten(1))
 
-def picture(path, red=0, size=(16, 16), mode="RGB"):
+def picture(path, red=0, size=(16, 16), mode="L"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, red).convert(mode).save(path)
+    Image.new(mode, size, red).save(path)
 
 def red(folder):
     """The upper left pixels of the images in a folder."""
@@ -868,7 +776,7 @@ def test_a_folder_is_read_whole_and_nothing_else(tmp_path, capsys):
     assert red(tmp_path / "data") == [100, 150, 200, 250]
     assert "1 files are no images" in capsys.readouterr().out
 
-@parametrize("name, size, mode", [("larger.png", 32, "RGB"), ("deep.png", 16, "I")])
+@parametrize("name, size, mode", [("larger.png", 32, "L"), ("deep.png", 16, "I;16")])
 def test_an_image_that_cannot_be_used_is_named(name, size, mode, tmp_path):
     picture(tmp_path / "0.png")
     picture(tmp_path / name, 0, (size, size), mode)
@@ -881,16 +789,15 @@ def test_whatever_pillow_raises_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="0.png.*bad metadata"):
         red(tmp_path)
 
-@parametrize("content", [b"", b"stihgew", b"weig"], ids=["empty", "wrong", "cut off"])
+@parametrize("content", [b"stihgew", b"weig"], ids=["wrong", "cut off"])
 def test_a_bad_download_is_named_with_its_address_and_not_kept(content, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    source = tmp_path / "file.pth"
+    source, right = tmp_path / "file.pth", hashlib.sha256(b"weights").hexdigest()
     source.write_bytes(content)
     with pytest.raises(InputError, match=f"file.pth.*{source.as_uri()}"):
-        fid.download(source.as_uri(), hashlib.sha256(b"weights").hexdigest())
+        fid.download(source.as_uri(), right)
     source.write_bytes(b"weights")
-    path = fid.download(source.as_uri(), hashlib.sha256(b"weights").hexdigest())
-    assert path.read_bytes() == b"weights"
+    assert fid.download(source.as_uri(), right).read_bytes() == b"weights"
 
 # ---- EDM's files ---------------------------------------------------------------------------------
 # They are pickles: programs. Genuine ones load to the bit, only as what they say they are. Of any
@@ -898,7 +805,7 @@ def test_a_bad_download_is_named_with_its_address_and_not_kept(content, tmp_path
 
 def asks(function, *given):
     """An object that, pickled, asks that function(*given) be called."""
-    return types.SimpleNamespace(__reduce_ex__=lambda protocol: (function, given))
+    return SimpleNamespace(__reduce_ex__=lambda protocol: (function, given))
 
 def edm_pickle(offset=0, name="EDMPrecond", sigma_data=0.5, **changes):
     """A file like EDM's, with one convolution, and with source code that must not run."""
@@ -940,21 +847,18 @@ def test_published_pickles_load_to_the_bit(name, state):
 RUN = b"cposix\nsystem\n\x8c\x0btouch PWNED\x85"
 HOSTILE = {
     "calls system": RUN + b"R.", "makes an object of it": RUN + b"\x81.",
-    "with keywords": RUN + b"}\x92.", "with a mark": b"(" + RUN + b"o.",
-    "by INST": b"(iposix\nsystem\n.", "by name on the stack": b"\x8c\5posix\x8c\6system\x93.",
-    "by extension code": b"\x82\1.", "by persistent id": b"Pposix\n.",
+    "with a mark": b"(" + RUN + b"o.", "by INST": b"(iposix\nsystem\n.",
+    "by name on the stack": b"\x8c\5posix\x8c\6system\x93.", "by extension code": b"\x82\1.",
     "an attribute of numpy": b"\x8c\5numpy\x8c\7dtype.x\x93.",
     "getattr of getattr": 2 * b"cbuiltins\ngetattr\n" + b"\x8c\4eval\x86R.",
-    "system as __setstate__":
-        b"ccollections\nOrderedDict\n)\x81}\x8c\x0c__setstate__cposix\nsystem\nsb.",
+    "as __setstate__": b"ccollections\nOrderedDict\n)\x81}\x8c\x0c__setstate__cposix\nsystem\nsb.",
     "in a storage": b"ctorch.storage\n_load_from_bytes\nC\x1e" + RUN + b"R.\x85R.",
     "nothing": b"", "no dict": b"NQ.", "a length that is not there": b"\x8b\xff\xff\xff\x7f",
-    "a number without end": b"I" + b"9" * 10**5, "a deep list": b"]" * 10**5 + b"a.",
+    "a deep list": b"]" * 10**5 + b"a.", "no EDM": pickle.dumps({"ema": {}}),
     "before the storage": edm_pickle(-2), "channels that are no list": edm_pickle(channel_mult=3),
-    "another storage": edm_pickle().replace(b"FloatStorage", b"EvilyStorage"),
     "no arguments": edm_pickle().replace(b"_init_kwargs", b"_other_names"),
     "another preconditioning": edm_pickle(name="VPPrecond"),
-    "another sigma_data": edm_pickle(sigma_data=1.0), "no EDM": pickle.dumps({"ema": {}}),
+    "another sigma_data": edm_pickle(sigma_data=1.0),
     **{path.stem: path.read_bytes() for path in FIXTURES.glob("edm_maliciou*[!c].pkl")}}
 
 @parametrize("attempt", HOSTILE)
@@ -978,7 +882,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=ConnectionError))
     monkeypatch.setattr(fid, "CIFAR10", Mock(side_effect=OSError, url="u", filename="cifar"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path.parent))
     images = train_cifar.shapes(64, 16)[0].permute(0, 2, 3, 1).numpy()
     np.savez("few.npz", images, 16 * ["cat", "dog", "dog", "dog"])
 
@@ -989,97 +893,107 @@ def checkpoint(path):
     return torch.load(path, weights_only=True)
 
 def state_of(out):
-    """What a run leaves, but for its speeds: all tensors of tuned.pt, in a vector, and its table."""
+    """All tensors that a run leaves, in a vector."""
     state = checkpoint(f"{out}/tuned.pt")
     parts = [state["net"], state["ema"], *state["optimizer"]["state"].values()]
+    return torch.cat([value.flatten() for part in parts for value in part.values()])
+
+def table_of(out):
+    """Its table, without the speeds."""
     table = json.loads(Path(out, "result.json").read_text())
     for row in table:
         del row["images_per_second"]
-    return torch.cat([value.flatten() for part in parts for value in part.values()]), table
+    return table
 
-def strike(monkeypatch, **blows):
-    """At those draws of tuning the process is killed, or gets a Ctrl-C."""
+def strike(monkeypatch, blows):
+    """{(method, iteration): blow}: a Ctrl-C, or else the process is killed. Each strikes once."""
     draw = train_cifar.draw
-    def draw_or_die(data, settings, method, step):
-        blow = blows.pop(f"{method}{step}", None)
-        if blow == "kill":                              # nothing can be saved
-            raise MemoryError
+    def struck(data, settings, method, step):
+        blow = blows.pop((method, step), None)
         if blow == "ctrl_c":
             signal.raise_signal(signal.SIGINT)
+        elif blow:
+            raise MemoryError                           # nothing can be saved
         return draw(data, settings, method, step)
-    monkeypatch.setattr(train_cifar, "draw", draw_or_die)
+    monkeypatch.setattr(train_cifar, "draw", struck)
 
-@parametrize("method", ["mct", "mcd --classes", "ect-segmented"])
+@parametrize("method", ["mcd --classes", "ect-segmented"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(method, folder, monkeypatch):
     """To the bit, and with the same table. The last time only the report is left."""
-    line = NEW + f"--method {method} --dropout 0.2 "
-    train(line + "--out straight")
-    name = method.split()[0]
-    strike(monkeypatch, diffusion2="ctrl_c", diffusion4="kill", **{f"{name}3": "ctrl_c"})
+    line = NEW + f"--method {method} --dropout 0.2 --out "
+    train(line + "straight")
+    strike(monkeypatch, {("diffusion", 2): "ctrl_c", ("diffusion", 4): "kill",
+                         (method.split()[0], 3): "ctrl_c"})
     for error in (SystemExit, MemoryError, SystemExit):
         with pytest.raises(error):
-            train(line + "--out torn")
+            train(line + "torn")
     for _ in range(2):
-        train(line + "--out torn")
-        tensors, table = state_of("straight")
-        assert state_of("torn")[0].equal(tensors)
-        assert state_of("torn")[1] == table
+        train(line + "torn")
+        assert state_of("torn").equal(state_of("straight"))
+        assert table_of("torn") == table_of("straight")
 
 def test_the_table_has_the_diffusion_model_beside_the_tuned_one(folder):
     train(NEW + "--method ect --steps 2 1 --out run")
-    rows = [(row["method"], row["sampler"], row["steps"], row["nfe"]) for row in state_of("run")[1]]
+    rows = [(row["method"], row["sampler"], row["steps"], row["nfe"]) for row in table_of("run")]
     assert rows == [("diffusion", "ddim", 1, 1), ("diffusion", "ddim", 2, 2),
-                    ("ect", "renoise", 1, 1), ("ect", "renoise", 2, 2), ("diffusion", "heun", 18, 35)]
+                    ("ect", "renoise", 1, 1), ("ect", "renoise", 2, 2),
+                    ("diffusion", "heun", 18, 35)]
     assert Image.open("run/dial.png").size == (10 * 34 + 2, 5 * 34 + 2)     # each pixel as 2x2
 
-def test_passes_over_parts_of_a_batch_give_the_same(folder):
-    train(NEW + "--dropout 0.2 --out whole")
-    train(NEW + "--dropout 0.2 --out parts --parts 3")
-    close(state_of("parts")[0], state_of("whole")[0], rtol=1e-3, atol=1e-6)
-
-def torchrun(line, program=HERE / "train_cifar.py"):
-    """Two processes on the CPU. Raises ChildFailedError, if one of them fails."""
-    from torch.distributed.run import main
-    main(["--nproc-per-node", "2", "--master-port", "29511", str(program), *line.split()])
+def torchrun(program, line):
+    """Two processes on the CPU. SystemExit, if one of them fails."""
+    arguments = ["--nproc-per-node", "2", "--master-port", "29511", str(program), *line.split()]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        torch.distributed.run.main(arguments)
+    except torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+        sys.exit("a process failed")
+    finally:
+        signal.signal(signal.SIGTERM, before)           # torchrun leaves its own
 
 def test_two_processes_give_what_one_gives(folder):
     """And 7 images a batch do not divide."""
-    line = NEW + "--method mcd --classes --batch 7 --dropout 0.2 --out "
-    train(line + "one")
-    torchrun(TINY + line + "two")
-    (one, table), (two, shared) = state_of("one"), state_of("two")
-    close(two, one, rtol=1e-3, atol=1e-6)
-    close([row["distance"] for row in shared], [row["distance"] for row in table], rtol=1e-2)
+    line = TINY + NEW + "--method mcd --classes --batch 7 --dropout 0.2 --out "
+    train_cifar.main((line + "one").split())
+    torchrun(HERE / "train_cifar.py", line + "two")
+    close(state_of("two"), state_of("one"), rtol=1e-3, atol=1e-6)
+    close(table_of("two")[1]["distance"], table_of("one")[1]["distance"], rtol=1e-2)
 
 def test_a_ctrl_c_to_one_process_stops_both_and_the_run_goes_on(folder):
-    line = NEW + "--out "
-    Path("torn.py").write_text(f"import sys; sys.path.insert(0, '{HERE}')\n"
-                               "import pytest, test_mcm, train_cifar\n"
-                               "if train_cifar.RANK == 1:\n"
-                               "    test_mcm.strike(pytest.MonkeyPatch(), mct3='ctrl_c')\n"
-                               "train_cifar.main()\n")
-    with pytest.raises(torch.distributed.elastic.multiprocessing.errors.ChildFailedError):
-        torchrun(TINY + line + "torn", "torn.py")
+    Path("torn.py").write_text(f"""
+import signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import train_cifar
+draw = train_cifar.draw
+def struck(data, settings, method, step):
+    if (train_cifar.RANK, method, step) == (1, "mct", 3):
+        signal.raise_signal(signal.SIGINT)
+    return draw(data, settings, method, step)
+train_cifar.draw = struck
+train_cifar.main()
+""")
+    with pytest.raises(SystemExit):
+        torchrun("torn.py", TINY + NEW + "--out torn")
     assert checkpoint("torn/tuned.pt")["step"] == 4
-    train(line + "straight")
-    train(line + "torn")
-    close(state_of("torn")[0], state_of("straight")[0], rtol=1e-3, atol=1e-6)
+    train(NEW + "--out straight")
+    train(NEW + "--out torn")
+    close(state_of("torn"), state_of("straight"), rtol=1e-3, atol=1e-6)
 
 def test_the_average_is_a_mean_until_its_decay_is_ema(folder, monkeypatch):
-    """And tuning begins with a new one."""
-    seen, draw = [], train_cifar.draw
-    def stop_and_go(data, settings, method, step):
-        signal.raise_signal(signal.SIGINT)
-        return draw(data, settings, method, step)
-    monkeypatch.setattr(train_cifar, "draw", stop_and_go)
+    strike(monkeypatch, {("diffusion", step): "ctrl_c" for step in range(4)})
+    weights, averages = [], []
     for step in range(4):
         with pytest.raises(SystemExit):
-            train(NEW + "--ema 0.7 --out run")
+            train(NEW + "--ema 0.7 --pretrain-lr 1 --out run")
         state = checkpoint("run/diffusion.pt")
-        seen.append([state[name]["model.map_layer0.weight"] for name in ("net", "ema")])
-    weights, averages = zip(*seen)
+        weights.append(state["net"]["model.map_layer0.weight"])
+        averages.append(state["ema"]["model.map_layer0.weight"])
     close(averages[2], sum(weights[:3]) / 3, rtol=1e-4)
     close(averages[3], 0.7 * averages[2] + 0.3 * weights[3], rtol=1e-4)
+
+def test_the_learning_rate_falls_to_0(folder):
+    train(NEW + "--lr 0.6 --out run")
+    close(checkpoint("run/tuned.pt")["optimizer"]["param_groups"][0]["lr"], 0.1)
 
 def test_ctrl_c_does_what_it_did_before(folder):
     before = signal.getsignal(signal.SIGINT)
@@ -1102,14 +1016,15 @@ def refusal(program, line, capsys):
     assert len(error.splitlines()) == 1
     return error
 
-@parametrize("line, before, now", [("--steps 4", "[2]", "[4]"), ("--classes", "False", "True"),
-                                   ("--data labels.npz", "few.npz-", "labels.npz-")])
-def test_a_run_does_not_go_on_with_other_settings_or_data(line, before, now, folder, capsys):
+@parametrize("line, values", [
+    ("--steps 4", r"\[2\].*\[4\]"), ("--classes", "False.*True"),
+    ("--data labels.npz", "few.npz-.*labels.npz-")])
+def test_a_run_does_not_go_on_with_other_settings_or_data(line, values, folder, capsys):
+    """Both values are named."""
     train(NEW + "--out run")
     np.savez("labels.npz", np.load("few.npz")["arr_0"], 32 * ["cat", "dog"])
     error = refusal("train_cifar", TINY + NEW + "--out run " + line, capsys)
-    assert f"{line.split()[0]}:" in error
-    assert re.search(re.escape(before) + ".*" + re.escape(now), error)
+    assert re.search(line.split()[0] + ":.*" + values, error)
 
 def test_a_model_is_known_by_its_weights_not_its_path(folder, capsys):
     train(NEW + "--out run")
@@ -1121,107 +1036,108 @@ def test_a_model_is_known_by_its_weights_not_its_path(folder, capsys):
     torch.save(state, "moved.pt")
     assert "--init" in refusal("train_cifar", TINY + "--init moved.pt --out tuned", capsys)
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(folder, monkeypatch):
-    strike(monkeypatch, mct3="ctrl_c")
+def times_factors(monkeypatch, factors):
+    """Each loss is multiplied by the next factor."""
+    loss_of = train_cifar.step_loss
+    def scaled(*given, **drawn):
+        return loss_of(*given, **drawn) * factors.pop(0)
+    monkeypatch.setattr(train_cifar, "step_loss", scaled)
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
+    """And the last good checkpoint stays."""
+    strike(monkeypatch, {("mct", 3): "ctrl_c"})
     with pytest.raises(SystemExit, match="iteration 4"):
         train(NEW + "--out run")
-    loss_of = train_cifar.step_loss
-    monkeypatch.setattr(train_cifar, "step_loss", lambda *a, **k: loss_of(*a, **k) * math.nan)
+    times_factors(monkeypatch, [math.nan, 1])
     with pytest.raises(SystemExit, match="iteration 6: .*not finite.*run/tuned.pt"):
         train(NEW + "--out run")
     assert checkpoint("run/tuned.pt")["step"] == 4
 
 def test_an_overflow_of_fp16_is_one_iteration_skipped(folder, monkeypatch):
-    factors, loss_of = [1] * 6 + [math.inf] + [1] * 5, train_cifar.step_loss
-    monkeypatch.setattr(train_cifar, "step_loss", lambda *a, **k: loss_of(*a, **k) * factors.pop(0))
+    times_factors(monkeypatch, [1] * 6 + [math.inf] + [1] * 5)
     train(NEW + "--precision fp16 --out run")
     state = checkpoint("run/tuned.pt")
     assert state["optimizer"]["state"][0]["step"] == 5
     assert state["scaler"]["scale"] == 2**15
 
-@parametrize("place, name", [(train_cifar.UNet, "forward"), (train_cifar.DDPMpp, "__init__")])
-def test_a_mistake_in_the_code_keeps_its_traceback(place, name, folder, monkeypatch):
-    monkeypatch.setattr(place, name, lambda self, *given, **more: misspelt)
+def test_a_mistake_in_the_code_keeps_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr(train_cifar.UNet, "__init__", Mock(side_effect=NameError))
     with pytest.raises(NameError):
         train(NEW)
 
+# Bad command lines, and what the one line must name.
 TRAIN_REFUSES = [
-    ("--T 8 9000", "--T"), ("--width 20", "--width"), ("--fd-samples 9", "--fd-samples"),
-    ("--steps 0", "--steps"), ("--steps x", "--steps"), ("--steps", "--steps"),
-    ("--method dog", "--method"), ("--batch 0", "--batch"), ("--lr nan", "--lr"),
-    ("--lr -1", "--lr"), ("--ema 2", "--ema"), ("--what", "--what"), ("--iters 1.5", "--iters"),
-    ("--precision fp8", "--precision"), ("--T 4", "--T"), ("--seed -1", "--seed"),
-    ("--preset big", "--preset"), ("--init nowhere", "nowhere"), ("--p-mean nan", "--p-mean"),
-    ("--method ect --q 256 --stages 3", "--stages"), ("--stages 2000", "--stages"),
+    ("--steps 0", "--steps"), ("--steps", "--steps"), ("--method dog", "--method"),
+    ("--batch 0", "--batch"), ("--lr nan", "--lr"), ("--T 4", "--T"),
+    ("--width 20", "--width"), ("--what", "--what"), ("--seed -1", "--seed"),
     ("--method ect-segmented --steps 1 2", "ect-segmented"), ("--guidance 1", "--guidance"),
-    ("--parts 5", "--batch"), ("--width 8", "--width"), ("--init text.npz", "text.npz"),
-    ("--init text.pkl", "text.pkl"), ("--init text.pt", "text.pt"),
-    ("--init tensor.pt", "tensor.pt"), ("--init edm", "edm-cifar10"),
-    ("--init diffusion.pt --classes", "--classes"), ("--out text.npz/x", "text.npz"),
-    ("--features text.npz", "text.npz"), ("--features nowhere", "nowhere"),
-    ("--features inception", "inception"), ("--data zero.npz --classes", "--classes"),
+    ("--out text.npz/x", "text.npz"), ("--init nowhere", "nowhere"), ("--init text.pt", "text.pt"),
+    ("--init text.pkl", "text.pkl"), ("--init edm", "edm-cifar10"), ("--init shapes", "--init"),
+    ("--init shapes --width 8", "--width"),
+    ("--features nowhere", "nowhere"), ("--features text.npz", "text.npz"),
+    ("--features inception", "inception"), ("--data large.npz --classes", "--classes"),
     ("--data nowhere", "nowhere"), ("--data empty", "empty"), ("--data text", "a.png"),
     ("--data text.npz", "text.npz"), ("--data mixed", "larger"), ("--data odd.npz", "odd.npz"),
-    ("--data pair.npz", "pair.npz"), ("--data float.npz", "float"), ("--data cifar10", "cifar"),
+    ("--data few.npy", "few.npy"), ("--data float.npz", "float"), ("--data cifar10", "cifar"),
     ("--data object.npz", "object"), ("--data hollow.npz", "hollow"),
-    ("--data scalar.npz", "scalar")]
+    ("--data labels.npz", "labels.npz")]
 SAMPLE_REFUSES = [
-    ("nowhere.pt", "nowhere.pt"), ("text.npz", "text.npz"), ("text.pt", "text.pt"),
-    ("--steps 0", "--steps"), ("--n 0", "--n"), ("--out x.jpg", "x.jpg"),
-    ("--out no/x.png", "no/x.png"), ("--seed -1", "--seed"), ("--steps 3", "--steps 3"),
+    ("nowhere.pt", "nowhere.pt"), ("text.pt", "text.pt"), ("--n 0", "--n"),
+    ("--steps 3", "--steps 3"), ("--out x.jpg", "x.jpg"), ("--out no/x.png", "no/x.png"),
     ("--prompt dog", "--prompt dog")]
 FID_REFUSES = [
-    ("few.npz", "b"), ("few.npz few.npz --n 1", "--n 1"), ("few.npz pair.npz", "pair.npz"),
-    ("nowhere few.npz", "nowhere"), ("few.npz nowhere", "nowhere"), ("text few.npz", "a.png"),
-    ("few.npz few.npz --n x", "--n"), ("float.npz few.npz", "float.npz"),
-    ("few.npz large.npz", "sizes"), ("few.npz few.npz --features dog", "dog"),
+    ("few.npz few.npz --n 1", "--n 1"), ("few.npz nowhere", "nowhere"), ("mixed few.npz", "larger"),
+    ("float.npz few.npz", "float.npz"), ("few.npz large.npz", "sizes"),
+    ("few.npz few.npz --features dog", "dog"),
     ("few.npz few.npz --features inception", "inception")]
-REFUSED = [*[("train_cifar", TINY + line, named) for line, named in TRAIN_REFUSES],
-           *[("sample", line, named) for line, named in SAMPLE_REFUSES],
-           *[("fid", "--features random " + line, named) for line, named in FID_REFUSES]]
 
-def make_useless_files():
+@pytest.fixture
+def useless(folder):
+    """Files and folders that no program can use."""
     images = np.load("few.npz")["arr_0"]
-    arrays = dict(zero=images, pair=images[:2], odd=images[:, 1:, 1:], float=images / 255,
-                  object=np.array([{}], dtype=object), scalar=np.uint8(1), hollow=images[:, :0, :0],
-                  large=np.zeros((8, 32, 32, 3), np.uint8))
-    for name, array in arrays.items():
-        np.savez(f"{name}.npz", array)
+    np.savez("large.npz", np.zeros((8, 32, 32, 3), np.uint8))
+    np.savez("odd.npz", images[:, 1:, 1:])
+    np.savez("hollow.npz", images[:, :0, :0])
+    np.savez("float.npz", images / 255)
+    np.savez("labels.npz", images, [1, 2, 3])
+    np.savez("object.npz", np.array([{}], dtype=object))
     for i in range(8):
         picture(Path(f"mixed/{i}.png"))
     picture(Path("mixed/larger.png"), size=(32, 32))
-    for name in ("empty", "text"):
-        Path(name).mkdir()
+    Path("empty").mkdir()
+    Path("text").mkdir()
     for name in ("text/a.png", "text.npz", "text.pkl", "text.pt"):
         Path(name).write_text("nothing of the kind")
-    torch.save(torch.zeros(2), "tensor.pt")
 
-@parametrize("program, line, named", REFUSED, ids=[case[1][-40:] for case in REFUSED])
-def test_bad_input_is_one_line_and_nothing_is_written(program, line, named, folder, capsys):
-    make_useless_files()
+def refused(program, line, named, capsys):
     before = sorted(Path().rglob("*"))
     assert named in refusal(program, line, capsys)
-    assert sorted(Path().rglob("*")) == before
+    assert sorted(Path().rglob("*")) == before          # nothing was written
+
+@parametrize("line, named", TRAIN_REFUSES)
+def test_train_refuses_in_one_line_before_any_work(line, named, useless, capsys):
+    refused("train_cifar", TINY + line, named, capsys)
+
+@parametrize("line, named", SAMPLE_REFUSES)
+def test_sample_refuses_in_one_line_before_any_work(line, named, useless, capsys):
+    refused("sample", line, named, capsys)
+
+@parametrize("line, named", FID_REFUSES)
+def test_fid_refuses_in_one_line_before_any_work(line, named, useless, capsys):
+    refused("fid", "--features random " + line, named, capsys)
 
 def test_without_a_gpu_the_preset_is_shapes(capsys):
     settings = settings_of("")
     assert [settings.preset, settings.init] == ["shapes", "shapes"]
     assert "no GPU" in capsys.readouterr().out
+    assert settings_of("--data x").init == "none"       # the model of shapes does not fit
 
-@parametrize("line", ["--width 16", "--data x"])
-def test_a_presets_model_is_not_used_where_it_does_not_fit(line):
-    assert settings_of(line).init == "none"
-
-@parametrize("line, preset", [("", "cifar10"), ("--data x", "shapes"), ("--data cifar10", "cifar10")])
-def test_with_a_gpu_and_its_files_the_preset_is_cifar10(line, preset, monkeypatch):
+def test_with_a_gpu_only_the_command_that_asks_for_nothing_falls_back(monkeypatch, capsys):
     monkeypatch.setattr(train_cifar, "DEVICE", torch.device("cuda"))
     monkeypatch.setattr(fid, "read_images", Mock())
     monkeypatch.setattr(fid, "download", Mock())
-    assert settings_of(line).preset == preset
-
-def test_only_the_command_that_asks_for_nothing_falls_back(monkeypatch, capsys):
-    monkeypatch.setattr(train_cifar, "DEVICE", torch.device("cuda"))
-    monkeypatch.setattr(fid, "download", Mock(side_effect=InputError("no file")))
+    assert settings_of("").preset == "cifar10"
+    fid.download.side_effect = InputError("no file")
     assert settings_of("").preset == "shapes"
     assert "no file" in capsys.readouterr().out
     assert settings_of("--data cifar10 --method ect").preset == "cifar10"
@@ -1229,57 +1145,55 @@ def test_only_the_command_that_asks_for_nothing_falls_back(monkeypatch, capsys):
 def test_fid_measures_n_images(folder, capsys):
     fid.main("few.npz few.npz --features random --n 50".split())
     out = capsys.readouterr().out
-    assert re.match(r"FD\(random\)@50 \d+\.\d+, floor \d+\.\d+, n 50", out)
+    found = re.match(r"FD\(random\)@50 (\d+\.\d+), floor \d+\.\d+, n 50", out)
+    assert float(found[1]) > 0                          # all 64 would have distance 0
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
-def test_fid_takes_a_torchscript_file(folder, capsys):
-    net = torch.jit.trace(lambda x: x[:, :, 0, :12].flatten(1).float(), torch.zeros(1, 3, 16, 16))
-    net.save("net.ts")
-    fid.main("few.npz few.npz --features net.ts".split())
-    assert re.match(r"FD\(net.ts\)@64 0.0000", capsys.readouterr().out)
+def test_a_torchscript_file_gives_features(tmp_path):
+    images = torch.arange(48).byte().view(1, 3, 4, 4)
+    torch.jit.trace(torch.nn.Flatten(), images).save(tmp_path / "net.ts")
+    extractor = fid.load_extractor(str(tmp_path / "net.ts"), images)
+    assert extractor(images).tolist() == [list(range(48))]
 
-def asked_of_generate(line, monkeypatch):
-    asked = []
-    def generate(net, sampler, steps, numbers, seed=0, labels=None):
-        asked.extend([sampler, steps, numbers.tolist(), seed, labels.tolist()])
-        return torch.zeros(len(numbers), 3, 16, 16).byte()
-    monkeypatch.setattr(sample, "generate", generate)
-    sample.main(line.split())
-    return asked
-
-@parametrize("line, asked", [
-    ("tuned.pt", ["multistep", 2, [0, 1, 2], 0, [0, 1, 0]]),
-    ("tuned.pt --steps 1 --seed 7", ["multistep", 1, [0, 1, 2], 7, [0, 1, 0]]),
-    ("tuned.pt --prompt dog", ["multistep", 2, [0, 1, 2], 0, [1, 1, 1]]),
-    ("diffusion.pt", ["heun", 18, [0, 1, 2], 0, [0, 1, 0]])])
-def test_sample_makes_all_classes_in_turn_or_the_prompt(line, asked, folder, monkeypatch):
+@parametrize("line, sampler, steps, labels", [
+    ("tuned.pt", "multistep", 2, [0, 1, 0]), ("tuned.pt --prompt dog", "multistep", 2, [1, 1, 1]),
+    ("diffusion.pt", "heun", 18, [0, 1, 0])])
+def test_sample_makes_all_classes_in_turn_or_the_prompt(line, sampler, steps, labels, folder,
+                                                        monkeypatch):
     train(NEW + "--classes --steps 2 1 --out run")
-    assert asked_of_generate(f"run/{line} --n 3 --out x.npz", monkeypatch) == asked
+    generate = Mock(return_value=torch.zeros(3, 3, 16, 16).byte())
+    monkeypatch.setattr(sample, "generate", generate)
+    sample.main(f"run/{line} --n 3 --out x.npz".split())
+    asked = generate.call_args.args
+    assert asked[1:3] == (sampler, steps)
+    assert asked[5].tolist() == labels
     assert np.load("x.npz")["arr_0"].shape == (3, 16, 16, 3)
 
+RGB = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220], [240, 200, 40], [170, 60, 190]])
+
 def judge(images):
-    """Which of shapes' classes the pictures show: the nearest colour, and the form that fills its
-    own box as much as what stands out does: pi / 4, 1, 1 / 2.
+    """Which class of shapes each picture shows: the nearest colour of what stands out, and the form
+    that fills its box as much.
     """
-    saturation = (images.amax(1).float() - images.amin(1)).clamp(min=1)
-    inside = saturation > saturation.flatten(1).quantile(0.9, 1)[:, None, None] / 2
+    saturation = images.amax(1).float() - images.amin(1)
+    inside = saturation > saturation.flatten(1).quantile(0.95, 1)[:, None, None] / 2
     area = inside.sum((1, 2))
     colour = (images * inside[:, None]).sum((2, 3)) / area[:, None]
-    hue = torch.cdist(colour, train_cifar.COLOURS.float()).argmin(1)
-    box = (inside.sum(1) > 1).sum(1) * (inside.sum(2) > 1).sum(1)
-    form = ((area / box)[:, None] - torch.tensor([math.pi / 4, 1, 0.5])).abs().argmin(1)
-    return hue * 3 + form
+    hue = torch.cdist(colour, RGB.float()).argmin(1)
+    box = inside.any(1).sum(1) * inside.any(2).sum(1)
+    fills = torch.tensor([math.pi / 4, 1, 1 / 2])       # disc, square, triangle
+    return 3 * hue + ((area / box)[:, None] - fills).abs().argmin(1)
 
 def test_the_labels_of_the_shapes_are_what_a_judge_sees():
     images, labels, names = train_cifar.shapes(300)
     assert len(names) == 15
-    assert names[judge(images)[labels == 5][0]] == "green triangle"
-    assert judge(images).eq(labels).float().mean() > 0.99
+    assert names[5] == "green triangle"
+    assert judge(images).eq(labels).float().mean() > 0.98
 
 def test_the_model_that_comes_with_the_code_draws_what_it_is_told():
     state = train_cifar.load_checkpoint(HERE / "assets/dial.pt")
     if not state["class_names"]:
-        pytest.skip("assets/dial.pt has no classes yet")
+        pytest.skip("assets/dial.pt has no classes")
     labels = torch.arange(150) % 15
     net = train_cifar.load_network(state)
     images = sample.generate(net, "multistep", 2, torch.arange(150), 0, labels)
@@ -1297,10 +1211,6 @@ def test_a_snippet_runs(number):
     names = {}
     exec(re.sub(r"range\(\d{3,}\)", "range(20)", SNIPPETS[number]), names)
     assert torch.as_tensor(names.get("loss", 0)).isfinite().all()
-
-def test_there_are_snippets_and_commands():
-    assert len(SNIPPETS) > 1
-    assert len(COMMANDS) > 5
 
 @parametrize("program, line", COMMANDS)
 def test_a_command_is_understood(program, line, folder, monkeypatch):

@@ -91,15 +91,16 @@ def add_settings(add):
     add("iters", 1000, 8_000, "iterations of tuning", type=COUNT)
     add("pretrain_iters", 2500, 100_000, "iterations of training a diffusion model", type=COUNT)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
-    add("lr", 2e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=SIZE)
+    rates = {"mct": 6e-4, "mcd": 6e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": 2e-3}
+    add("lr", rates, 1e-4, "learning rate of tuning, falls linearly to 0", type=SIZE)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=SIZE)
     add("ema", 0.99, 0.9993, "decay of the averaged weights", type=number(float, 0, 1))
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     add("width", 32, 128, "channels", type=int, choices=(8, 16, *range(32, 1025, 32)))
     add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
-    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for small rates; 1: nearly a square error.
+    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for small rates. 1: nearly a square error.
     add("T", [8, 512], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
-    add("huber_eps", 0.02, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=SIZE)
+    add("huber_eps", 1e-4, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=SIZE)
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
     add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1.001, 1e6))
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
@@ -139,6 +140,8 @@ def read_settings(parser, arguments):
     if settings.width and settings.init != "none":
         raise InputError("--width: the model of --init has its own; leave it out, or --init none")
     for name, default in presets[settings.preset].items():
+        if isinstance(default, dict):           # by method
+            default = default[settings.method]
         if getattr(settings, name) is None:
             setattr(settings, name, default)
     settings.steps = sorted(set(settings.steps))
