@@ -14,8 +14,8 @@ segments as in MCM: the two papers combined. (Ours.)
 
     t, r [B]    noise levels, 0 <= r < t
     stage       how far the curriculum is: 0, 1, 2, ..., a number or [B]
-    q; k, b     2 or 256, each stage divides t - r by it; 8 and 1, n(t) falls from 5 to 1
-    c           0, rounds the norm near 0 (pseudo-Huber), in units of a whole image
+    q, k, b     each stage divides t - r by q (2 or 256); k, b = 8, 1: n in t_to_r falls from 5 to 1
+    c           rounds the norm near 0 (pseudo-Huber), in units of a whole image; 0 in the paper
 """
 import torch
 
@@ -64,12 +64,12 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     target = mcm.consistency_target(denoise, z_r, z_t, t, r, edge, mcm.edm)
 
     # (4) The two guesses are compared where they land, at the edge. A jump from z_t lands at
-    #     x_hat + edge / t (z_t - x_hat), so they differ by (1 - edge / t) times what they differ
-    #     in x. So the loss is finite just above an edge: there r = edge, and
+    #     x_hat + edge / t (z_t - x_hat), so the landings differ by (1 - edge / t) times as much as
+    #     the guesses. So the loss is finite just above an edge: there r = edge, and
     #     (1 - edge / t) |d| / (t - edge) = |d| / t.
     difference = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.
-    square = (difference**2).reshape(len(x), -1).sum(1)
+    square = (difference**2).unsqueeze(-1).flatten(1).sum(1)
     t_minus_r = (t - r).clamp(min=1e-9 * t)     # r may round to t: 0 / 0
     return mcm.pseudo_huber(square, c) / t_minus_r

@@ -7,10 +7,10 @@ First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 N
 (its training set). A published FID has four parts: the Inception graph of 2015, TensorFlow 1's
 resize, n = 50,000 and the unbiased covariance. With fewer images it is too large: about 30 at
 n = 2,000, even between real images. This bias is proportional to 1/n + 1/N for n images against N.
-So beside a distance stands its floor, n real images against n others, with a bias of 2/n. (Or two
-halves of the real images, if there are fewer.) A perfect model has (1/n + 1/N) / (2/n) of it.
+So beside a distance stands its floor, n real images against n others, whose bias goes as 2/n. (Or
+two halves of the real images, if there are fewer.) A perfect model has (1/n + 1/N) / (2/n) of it.
 
-"Moves features by" is the largest change in any feature (they reach 39).
+Comments say by how much an error "moves features": the largest change (they reach 39).
 """
 import argparse, contextlib, pickle, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -62,8 +62,8 @@ def resize_tf1(images):
     larger = F.interpolate(padded, size=(300, 300), mode="bilinear", align_corners=True)
     return larger[:, :, :299, :299].float()
 
-# TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave the padding
-# out (counting it moves features by 2.5). The last block has a maximum (an average: by 9.6).
+# TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave out padding
+# (counting it moves features by 2.5). The last block has a maximum (an average moves them by 9.6).
 def uncount_padding(branch_pool, inputs):
     """Sums over 3x3 pixels, divided by 9 -> divided by the number of them inside the image."""
     return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0]), 3, stride=1, padding=1)
@@ -121,21 +121,20 @@ def load_extractor(features, example, device="cpu"):
     """"inception", "random" or a TorchScript file -> a function, uint8 [N, 3, H, W] -> [N, d].
     It is tried on an example, images of that shape, before any work."""
     net = random_features
-    if features == "inception":         # so a file of this name is "./inception", and no FID
-        net = InceptionFID().to(device, torch.float32)
-        net.load_state_dict(torch.load(download(*INCEPTION), device, weights_only=True))
-        net.fold()
-
-    # In float32: not in TF32, torch's default for convolutions, nor in a caller's autocast.
-    @torch.inference_mode()
-    @torch.autocast(torch.device(device).type, enabled=False)
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    def extractor(images):
-        return net(images.to(device)).flatten(1).cpu()
-
-    with refuse(f"--features {features}: no TorchScript file for such images"):
-        if features not in ("inception", "random"):
+    with refuse(f"--features {features}: cannot be opened, or fails on such images"):
+        if features == "inception":             # the word: a file of this name is "./inception"
+            net = InceptionFID().to(device, torch.float32)
+            net.load_state_dict(torch.load(download(*INCEPTION), device, weights_only=True))
+            net.fold()
+        elif features != "random":
             net = torch.jit.load(features, device).eval()
+
+        # In float32: not in TF32, torch's default for convolutions, nor in a caller's autocast.
+        @torch.inference_mode()
+        @torch.autocast(torch.device(device).type, enabled=False)
+        @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        def extractor(images):
+            return net(images.to(device)).flatten(1).cpu()
         extractor(example)
     return extractor
 
@@ -234,13 +233,13 @@ def batch_of(images, rows):
     """Images of read_images, and which of them -> uint8 [B, 3, H, W]. Files are decoded here."""
     if torch.is_tensor(images):
         return images[rows]
-    files = [images[row] for row in rows.tolist()]
+    files = [images[row] for row in [0, *rows.tolist()]]
     with ThreadPoolExecutor(4) as pool:
         batch = list(pool.map(decode, files))
-    for file, image in zip(files, batch):
+    for file, image in zip(files, batch):               # all must be as the very first is
         if image.shape != batch[0].shape:
             raise InputError(f"{file} is {image.shape}, but {files[0]} is {batch[0].shape}")
-    return torch.from_numpy(np.stack(batch))
+    return torch.from_numpy(np.stack(batch[1:]))
 
 def main(arguments=None):
     """The command line: images to judge and real ones -> one line with the distance."""
@@ -267,8 +266,8 @@ def main(arguments=None):
         distance, floor = frechet_distance(*moments(made), *moments(real)), floor_of(real, n)
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    print(f"{metric_name(args.features, n)} {distance:.4f}, floor {floor:.4f}, n {n}, "
-          f"features {args.features!a}, real images {args.b!a}")
+    # In ASCII (!a), because a terminal may lack a letter.
+    print(f"{metric_name(args.features, n)} {distance:.4f}, floor {floor:.4f}, real {args.b!a}")
 
 if __name__ == "__main__":
     main()

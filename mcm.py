@@ -55,7 +55,7 @@ def edm(t):
 
 def alpha_sigma(schedule, t, x):
     """alpha and sigma at t, a number or [B] -> [1 or B, 1, ...], for x [B, ...]."""
-    if not torch.is_tensor(t):          # float32 or better: cosine(1) in bfloat16 is 62, not 80
+    if not torch.is_tensor(t):          # float32 or better: in bfloat16, 80 at t = 1 becomes 62
         t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     alpha, sigma = schedule(t)
     return per_sample(alpha, x), per_sample(sigma, x)
@@ -91,7 +91,7 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
     alpha_s, sigma_s = alpha_sigma(schedule, s, z_t)
     eps_hat = (z_t - alpha_t * x) / sigma_t
 
-    eps_square = per_sample(mean_per_sample(eps_hat**2).clamp(min=1e-12), z_t)
+    eps_square = per_sample(mean_per_sample(eps_hat**2), z_t).clamp(min=1e-12)      # not 0 / 0
     z_s_var = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * per_sample(x_var, z_t)
     return alpha_s * x + (sigma_s**2 + z_s_var / eps_square).sqrt() * eps_hat
 
@@ -172,7 +172,7 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
 def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """The pseudo-Huber distance of two guesses of x [B, ...], measured in v-space -> [B].
     v = alpha eps - sigma x. With alpha^2 + sigma^2 = 1 it is (alpha z_t - x) / sigma, and so
-    dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. The root below serves every schedule.
+    dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. The SNR serves every schedule.
     The mean over elements, where the paper has a sum: huber_eps is an error per element."""
     alpha, sigma = alpha_sigma(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
@@ -180,13 +180,13 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
 
 def pseudo_huber(square, c):
     """sqrt(square + c^2) - c, [B] -> [B]. Small c: a norm. Large c: nearly square / (2 c)."""
-    return square / ((square + c**2 + 1e-30) ** 0.5 + c)    # 1e-30: a finite slope at 0
+    return square / ((square + c**2 + 1e-30) ** 0.5 + c)    # no cancellation, a finite slope at 0
 
 # ---- Networks ------------------------------------------------------------------------------------
 def make_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) -> x_hat from a denoiser: f(z, t) = D(z / alpha, sigma / alpha).
-    steps (N, or int64 [B]) and condition: see `conditioned`. D gets z's dtype, and sigma in float32
-    or better: a network in half precision casts its input itself."""
+    steps (N, or int64 [B]) and condition: see `conditioned`. D gets float32 or better: a network in
+    half precision casts its input itself."""
     D = conditioned(denoise, steps, **condition)
     def f(z, t):
         alpha, sigma = alpha_sigma(schedule, t, z)

@@ -73,18 +73,17 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = ((high + ramp * (low - high)) ** rho).tolist() + [0.0]
-    dtype = latents.dtype
     x = latents.double() * sigmas[0]
     for t, t_next in pairwise(sigmas):
         # (2) An Euler step along the slope dx/dsigma at t.
-        slope = (x - guess(denoise, x, t, dtype)) / t
+        slope = (x - guess(denoise, x, t, latents.dtype)) / t
         x_next = x + (t_next - t) * slope
         # (3) Heun's correction: the average of the slopes at both ends.
         if t_next > 0:
-            slope_next = (x_next - guess(denoise, x_next, t_next, dtype)) / t_next
+            slope_next = (x_next - guess(denoise, x_next, t_next, latents.dtype)) / t_next
             x_next = x + (t_next - t) * (slope + slope_next) / 2
         x = x_next
-    return x.to(dtype)
+    return x.to(latents.dtype)
 
 # ---- From a network to images --------------------------------------------------------------------
 def sample_batch(net, sampler, steps, noise, labels=None):
@@ -166,7 +165,7 @@ def main(arguments=None):
             save_grid(images, part, columns=round(args.n**0.5))
         else:
             np.savez(part, arr_0=images.permute(0, 2, 3, 1).numpy())
-    print(f"{str(args.out)!a}: {args.n} samples in {steps} steps; classes: {names or 'none'}")
+    print(f"{str(args.out)!a}: {args.n} samples in {steps} steps; classes: {names!a}")
 
 if __name__ == "__main__":
     main()

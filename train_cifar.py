@@ -7,7 +7,7 @@
 
 A diffusion model D(x, sigma) is loaded or trained. Then a copy is tuned to few steps. An iteration:
 
-    draw            from (seed, method, iteration) alone: images, noise, times, dropout seeds
+    draw            images, noise, times, dropout seeds: functions of (seed, iteration), no state
     no gradient     the teacher's guess at t (mcd), then the network's own guess at the earlier time
     gradient        the network's guess at t, with the same dropout mask
     compare         step_loss: mcm.v_loss, mcm.consistency_loss or ect.ect_loss -> [B]
@@ -16,7 +16,7 @@ A diffusion model D(x, sigma) is loaded or trained. Then a copy is tuned to few 
     log, save       every 100 and every 500 iterations
 """
 import argparse, contextlib, copy, datetime, hashlib, io, json, math, os, pickle, signal, sys
-import threading, time
+import tempfile, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,9 +54,8 @@ def add_up(tensor):
 
 def gather(share):
     """The tensors of all processes, one after the other, on the CPU."""
-    shares = [share.cpu()]
+    shares = [share.cpu()] * WORLD
     if LAUNCHED:
-        shares = [None] * WORLD
         dist.all_gather_object(shares, share.cpu())
     return torch.cat(shares)
 
@@ -89,7 +88,7 @@ def add_settings(add):
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1.
     add("iters", 1000, 8_000, "iterations of tuning", type=COUNT)
-    add("pretrain_iters", 2500, 100_000, "iterations of training a diffusion model", type=COUNT)
+    add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=COUNT)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     rates = {"mct": 6e-4, "mcd": 6e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": 2e-3}
     add("lr", rates, 1e-4, "learning rate of tuning, falls linearly to 0", type=SIZE)
@@ -129,7 +128,6 @@ def read_settings(parser, arguments):
     parser.add_argument("--preset", choices=presets, help="picks the defaults, which stand in ()")
     add_settings(add)
     settings = parser.parse_args(arguments)
-
     # What is not given is the preset's. Its diffusion model and classes fit only its own data.
     settings.preset = settings.preset or choose_preset(settings.data)
     other_data = settings.data not in (None, settings.preset)
@@ -149,14 +147,14 @@ def read_settings(parser, arguments):
         raise InputError("--method ect-segmented: needs a single number of --steps")
     if settings.guidance and not (settings.method == "mcd" and settings.classes):
         raise InputError("--guidance: needs --method mcd and --classes")
-    if settings.batch < WORLD:
-        raise InputError(f"--batch {settings.batch}: needs {WORLD}, one image for each process")
+    if min(settings.batch, settings.fd_samples) < WORLD:
+        raise InputError(f"--batch, --fd-samples: need {WORLD}, one image for each process")
     return settings
 
 def choose_preset(data):
-    """The preset where none is given. It falls back to "shapes" only if no data is given either."""
-    if data is not None:
-        return "cifar10" if data == "cifar10" and DEVICE.type == "cuda" else "shapes"
+    """The preset where none is given. Only a single process without --data may fall back."""
+    if data is not None or LAUNCHED:
+        return "cifar10" if data in (None, "cifar10") and DEVICE.type == "cuda" else "shapes"
     try:
         if DEVICE.type == "cpu":
             raise InputError("there is no GPU here")
@@ -185,8 +183,8 @@ def dropout(x, p, seed, layer):
     element = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
     # The prime, 2^32 over the golden ratio, keeps the layers' seeds far apart.
     start = hash32((seed + 0x9E3779B1 * layer).int())               # [B]
-    chance = hash32(start.view(-1, 1, 1, 1) + element.view(x.shape[1:]))    # [B, C, H, W]
-    keep = chance >= int(p * 2**32) - 2**31         # chance is uniform over all of int32
+    bits = hash32(start.view(-1, 1, 1, 1) + element.view(x.shape[1:]))      # [B, C, H, W]
+    keep = bits >= int(p * 2**32) - 2**31           # bits are uniform over all of int32
     return x * keep / (1 - p)
 
 def group_norm(channels):           # at most 32 groups, with at least 4 channels in each
@@ -457,33 +455,33 @@ def load_edm(path):
 
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
 def draw(data, settings, method, step):
-    """What iteration `step` draws -> a dict of [batch, ...], from (seed, method, step) alone.
+    """What iteration `step` draws -> a dict of [batch, ...], a function of seed and step, no state.
     So a run that was killed goes on with the very batches that it would have drawn."""
     device, batch = data.images.device, settings.batch
     entropy = np.random.SeedSequence([settings.seed, int(method != "diffusion"), step])
     seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # of 63 bits
-    chance = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
+    how = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
     # Images, noise and the seeds of the dropout masks.
-    index = torch.randint(len(data.images), (batch,), **chance)
+    index = torch.randint(len(data.images), (batch,), **how)
     drawn = {"x": data.images[index],
-             "eps": torch.randn(batch, *data.images.shape[1:], **chance),
-             "seed": torch.randint(2**32, (batch,), **chance)}
+             "eps": torch.randn(batch, *data.images.shape[1:], **how),
+             "seed": torch.randint(2**32, (batch,), **how)}
     if data.class_names:
         # One in ten is trained without its label, so that the model can be guided (mcm.guided).
-        kept = torch.rand(batch, **chance) > 0.1
+        kept = torch.rand(batch, **how) > 0.1
         drawn["labels"] = data.labels[index].where(kept, -1)
     # Times: cosine's t, ECT's t and stage, or those of MCM's Algorithm 1 for an N of --steps.
     if method == "diffusion":
-        drawn["t"] = torch.rand(batch, **chance)
+        drawn["t"] = torch.rand(batch, **how)
     elif method in ("ect", "ect-segmented"):
-        drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **chance)
+        drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
         stage = step * settings.stages // settings.iters            # 0, 1, 2, ...
         drawn["stage"] = torch.full((batch,), stage, device=device)
     else:
-        which = torch.randint(len(settings.steps), (batch,), **chance)
-        N = torch.tensor(settings.steps).to(device, non_blocking=True)[which]       # nobody waits
+        which = torch.randint(len(settings.steps), (batch,), **how)
+        N = torch.tensor(settings.steps).to(device, non_blocking=True)[which]   # the host goes on
         T = mcm.teacher_steps(step, *settings.T, anneal=settings.iters / 2)
-        t, s, t_step = mcm.draw_times(batch, N, T, **chance)
+        t, s, t_step = mcm.draw_times(batch, N, T, **how)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
     return drawn
 
@@ -498,10 +496,10 @@ def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stag
         z_t = alpha * x + sigma * eps
         return mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=1.0)
     if method in ("ect", "ect-segmented"):
-        # The paper's ECT is a single segment, from 80 down to 0.
-        N = settings.steps[0] if method == "ect-segmented" else 1
-        edges = ect.segment_edges(N, x.device) if N > 1 else None
-        D = mcm.conditioned(net, N, labels=labels, seed=seed)
+        # The paper's ECT is a single segment, from 80 down to 0, without inner edges.
+        segments = settings.steps[0] if method == "ect-segmented" else 1
+        D = mcm.conditioned(net, segments, labels=labels, seed=seed)
+        edges = ect.segment_edges(segments, x.device)
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
     # MCM: training, where the data itself makes the step to s, or distillation of the teacher.
     teacher_f = mcm.make_f(teacher, labels=labels) if method == "mcd" else None
@@ -525,7 +523,7 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
     gradient = torch.zeros(sum(sizes), device=DEVICE)
     for p, part in zip(weights, gradient.split(sizes)):
         p.grad = part.as_strided(p.shape, p.stride())
-    # One graph, that a GPU replays. Of mixed layouts, the compiler's choice, it takes 1.5 as long.
+    # One graph, which a GPU replays. With the compiler's own, mixed layouts it takes 1.5 the time.
     loss_of = torch.compile(step_loss, fullgraph=True, disable=not settings.compile, options={
         "triton.cudagraphs": True, "force_layout_optimization": True})
 
@@ -539,7 +537,7 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
             if saved[name]:                     # the scaler has a state in fp16 only
                 part.load_state_dict(saved[name])
     print(f"{method}: {iters} iterations, {first} of them done")
-    losses, clock = [], time.time()             # since the last line of the log
+    losses, clock = [], time.perf_counter()             # since the last line of the log
     with ctrl_c() as asked:
         for step in range(first, iters):
             # Draw the batch. Forward and backward over this process' share of it.
@@ -564,13 +562,13 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
             # Log. Only here, in saving and, in fp16, in scaler.step does the host wait for the GPU.
             done = step + 1
             if step == first:
-                clock = time.time()             # what compiling took is not counted
+                clock = time.perf_counter()             # what compiling took is not counted
             if done % 100 == 0 or done == iters:
                 loss = add_up(torch.stack(losses).mean()).item()
-                speed = len(losses) * settings.batch / (time.time() - clock)
+                speed = len(losses) * settings.batch / (time.perf_counter() - clock)
                 left = f"{(iters - done) * settings.batch / speed / 60:.1f} min left"
                 print(f"{method} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left}", flush=True)
-                losses, clock = [], time.time()
+                losses, clock = [], time.perf_counter()
 
             # Save the state. All processes stop if one of them is asked to.
             stop = add_up(torch.tensor(len(asked))) > 0
@@ -610,26 +608,25 @@ def report(diffusion, tuned, data, settings, extractor):
     if settings.method != "diffusion":
         table += [(settings.method, tuned, SAMPLERS[settings.method], N, N) for N in settings.steps]
     table += [("diffusion", diffusion, "heun", 18, 35)]
-    mine, labels = torch.arange(n).tensor_split(WORLD)[RANK], None
+    numbers, labels = torch.arange(n).tensor_split(WORLD)[RANK], None
     if data.class_names:                        # those of n real images, in random order
-        labels = data.labels[fid.shuffled(len(real))[mine % len(real)]]
+        labels = data.labels[fid.shuffled(len(real))[numbers % len(real)]]
     # A row of the table and a row of the picture for each.
     rows, pictures = [], []
     for method, net, sampler, steps, nfe in table:          # nfe: evaluations of the network
-        start = time.time()
-        share = sample.generate(net, sampler, steps, mine, settings.seed, labels)
-        images = gather(share)
-        speed = n / (time.time() - start)
+        start = time.perf_counter()
+        share = sample.generate(net, sampler, steps, numbers, settings.seed, labels)
+        speed = n / (time.perf_counter() - start)
         made = fid.moments(gather(fid.features_of(share, extractor)))
         distance = fid.frechet_distance(*made, *reference)
         print(f"{method:<13} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}", flush=True)
         rows.append(dict(method=method, sampler=sampler, steps=steps, nfe=nfe, metric=metric, n=n,
                          distance=distance, floor=floor, images_per_second=speed))
-        pictures.append(images[:10])
+        pictures.append(gather(share)[:10])
     if RANK == 0:
         Path(settings.out, "result.json").write_text(json.dumps(rows, indent=1))
         sample.save_grid(torch.cat(pictures), Path(settings.out, "dial.png"), columns=10)
-    print(f"pictures, a row for each line: {settings.out!a}/dial.png")
+    print(f"pictures, a row for each line: {str(Path(settings.out, 'dial.png'))!a}")
 
 # ---- All of it -----------------------------------------------------------------------------------
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
@@ -650,7 +647,7 @@ def main(arguments=None):
     if RANK == 0:
         add_up(torch.zeros(1))                  # the others wait for this, see join_processes
 
-    # Without --init, train a diffusion model, here or below if that is all.
+    # Without --init, train a diffusion model: here, or below for --method diffusion.
     only_diffusion = settings.method == "diffusion"
     if diffusion is None:
         torch.manual_seed(settings.seed)
@@ -664,13 +661,14 @@ def main(arguments=None):
 
     # Tune a copy. What is new, an embedding of labels or segments, is zero and changes nothing.
     more = dict(diffusion.arguments, dropout=settings.dropout)
-    more["classes"] = more.get("classes") or len(data.class_names)
+    more["classes"] = diffusion.model.classes or len(data.class_names)
     if not only_diffusion:
         more["segments"] = sum(range(max(settings.steps) + 1))      # the rows of mcm.segment_row
     net = UNet(**more)
     net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
     tuned = train(net, diffusion, data, settings, settings.method, settings.iters, settings.lr)
-    report(tuned if only_diffusion else diffusion, tuned, data, settings, extractor)
+    diffusion = tuned if only_diffusion else diffusion
+    report(diffusion, tuned, data, settings, extractor)
 
 # ---- Checkpoints and the folder of a run ---------------------------------------------------------
 @contextlib.contextmanager
@@ -686,7 +684,7 @@ def save(path, data, settings, method, step, parts):
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
         sys.exit(f"error: {method}, iteration {step}: not finite; {path}, if any, is kept; try "
-                 "--precision fp32, or a smaller --lr with another --out")
+                 "--precision fp32, or a smaller learning rate with another --out")
     steps = [18] if method == "diffusion" else settings.steps               # 18: EDM's
     state = {name: part.state_dict() for name, part in parts.items()}
     state.update(arguments=parts["ema"].arguments, method=method, step=step, steps=steps,
@@ -723,7 +721,7 @@ def open_run(settings, data):
                 raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
                                  f"{begun.get(name)}, not {now}; give another --out, or delete it")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    Path(settings.out, ".part-").touch()        # an OSError, if it cannot be written
+    tempfile.TemporaryFile(dir=settings.out).close()        # an OSError, if it cannot be written
 
 def load_init(settings, data):
     """The diffusion model of --init, or None: train one. Settings get a hash instead of its path,
@@ -747,11 +745,12 @@ def load_init(settings, data):
         net = load_network(state)
         if state["method"] != "diffusion":
             raise InputError(f"--init {path}: tuned already, give a diffusion model")
-    # It may lack labels, or have some that are not used.
-    has, needs = net.arguments.get("classes"), len(data.class_names)
-    if net.image_shape != data.images.shape[1:] or (has and needs and has != needs):
-        raise InputError(f"--init {path}: its images are {net.image_shape}, or its {has} classes "
-                         f"are not the {needs} of --data")
+    # It may have classes that are not used, or lack them, but not as a guided teacher.
+    has, needs = net.model.classes, len(data.class_names)
+    wrong_classes = needs and has != needs and (has or settings.guidance)
+    if net.image_shape != data.images.shape[1:] or wrong_classes:
+        raise InputError(f"--init {path}: is for {net.image_shape} and {has} classes, --data has "
+                         f"{tuple(data.images.shape[1:])} and {needs}")
     return net
 
 if __name__ == "__main__":
