@@ -8,7 +8,7 @@ First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 N
 resize, n = 50,000 and the unbiased covariance. With fewer images it is too large: about 30 at
 n = 2,000, even between real images. This bias is proportional to 1/n + 1/N for n images against N.
 So beside a distance stands its floor, n real images against n others, whose bias goes as 2/n. (Or
-two halves of the real images, if there are fewer.) A perfect model has (1/n + 1/N) / (2/n) of it.
+two halves of the real images, if there are fewer.) A perfect model scores (1 + n/N) / 2 of it.
 
 Comments say by how much an error "moves features": the largest change (they reach 39).
 """

@@ -55,7 +55,7 @@ def edm(t):
 
 def alpha_sigma(schedule, t, x):
     """alpha and sigma at t, a number or [B] -> [1 or B, 1, ...], for x [B, ...]."""
-    if not torch.is_tensor(t):          # float32 or better: in bfloat16, 80 at t = 1 becomes 62
+    if not torch.is_tensor(t):          # float32 or better: in bfloat16, sigma 80 becomes 62
         t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     alpha, sigma = schedule(t)
     return per_sample(alpha, x), per_sample(sigma, x)
@@ -172,7 +172,7 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
 def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """The pseudo-Huber distance of two guesses of x [B, ...], measured in v-space -> [B].
     v = alpha eps - sigma x. With alpha^2 + sigma^2 = 1 it is (alpha z_t - x) / sigma, and so
-    dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. The SNR serves every schedule.
+    dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. This holds for any schedule.
     The mean over elements, where the paper has a sum: huber_eps is an error per element."""
     alpha, sigma = alpha_sigma(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma

@@ -6,7 +6,7 @@
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
 Noise and images are [B, ...], images on the scale of [-1, 1], not clipped. A sampler's state is
-float64, because float32 errors add up at sigma = 80. Network and result have the noise's dtype.
+float64, because float32 errors add up at sigma = 80. f and result have the noise's dtype.
 
     python sample.py --steps 2                               # a model that comes with the code
     python sample.py --steps 2 --prompt "green square"       # the same, told what to draw

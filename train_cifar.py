@@ -80,7 +80,7 @@ def add_settings(add):
     huber_eps. "shapes" is small and short. Errors add up over the teacher steps, so it has fewer
     (T; for ECT, a smaller q^stages). Its other settings were found by trying, see the README."""
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
-    add("method", "mct", "ect", "the loss; diffusion: train --init further", choices=SAMPLERS)
+    add("method", "mct", "ect", "diffusion: train --init on, with a new --seed", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
     add("init", "shapes", "edm", "EDM's .pkl or our .pt; none: train one first")
     add("classes", True, False, "class labels (captions of shapes) for the network", action=SWITCH)
@@ -523,7 +523,7 @@ def train(net, teacher, data, settings, method, iters, peak_lr):
     gradient = torch.zeros(sum(sizes), device=DEVICE)
     for p, part in zip(weights, gradient.split(sizes)):
         p.grad = part.as_strided(p.shape, p.stride())
-    # One graph, which a GPU replays. With the compiler's own, mixed layouts it takes 1.5 the time.
+    # One graph, which a GPU replays. With layouts of the compiler's choice: 1.5 times slower.
     loss_of = torch.compile(step_loss, fullgraph=True, disable=not settings.compile, options={
         "triton.cudagraphs": True, "force_layout_optimization": True})
 
