@@ -4,7 +4,7 @@
 ../shared (arrays of the authors' own code) is skipped where there is none. A few of those numbers
 stand here, so that a clone guards itself.
 """
-import argparse, collections, hashlib, json, math, os, pickle, re, shlex, shutil, signal
+import argparse, collections, copy, hashlib, json, math, os, pickle, re, shlex, shutil, signal
 import struct, sys, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 FIXTURES = HERE.parent / "shared/fixtures"
 parametrize = pytest.mark.parametrize
 needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="../shared is absent")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 torch.set_num_threads(1)                # for small tensors threads mostly wait for each other
 train_cifar.DEVICE = torch.device("cpu")            # the tests that want a GPU say so
 
@@ -457,6 +458,13 @@ def test_dropout_masks_are_fair_and_unlike_each_other():
     close(kept.mean(1), 1.0, atol=0.03)
     assert torch.corrcoef(kept).fill_diagonal_(0).abs().max() < 0.08
 
+@needs_gpu
+def test_half_precision_is_near():
+    net, x = small_net().cuda(), randn(2, 3, 8, 8).cuda()
+    right = net(x, 1.0)
+    net.fp16 = True
+    assert 0 < (net(x, 1.0) - right).abs().max() < 0.05
+
 # ---- One iteration -------------------------------------------------------------------------------
 # What it draws depends on (seed, method, iteration) alone. It mixes no devices, and reads no
 # value, so nobody waits for a GPU.
@@ -468,21 +476,30 @@ class Iterations:
     """The iterations of train_cifar.train, small, on any device."""
     def __init__(self, line, device="cpu"):
         self.settings = settings_of("--preset shapes --batch 8 --iters 10 --stages 4 " + line)
+        self.method, self.device = self.settings.method, torch.device(device)
         images, labels, names = train_cifar.shapes(64, 16)
-        names = names * self.settings.classes           # none without
+        if not self.settings.classes:
+            names = []
         self.data = SimpleNamespace(images=images, labels=labels, class_names=names)
-        self.device = torch.device(device)
         with self.device:
-            self.net = train_cifar.UNet(16, (1,), 1, 16, classes=len(names), segments=15)
+            self.net = small_net(resolution=16, classes=len(names), segments=15, dropout=0.1)
+        self.teacher = copy.deepcopy(self.net)
+        self.net.requires_grad_(True)
 
     def draw(self, step, **changes):
         settings = SimpleNamespace(**{**vars(self.settings), **changes})
-        return train_cifar.draw(self.data, settings, settings.method, step)
+        drawn = train_cifar.draw(self.data, settings, self.method, step)
+        return {name: value.to(self.device) for name, value in drawn.items()}
 
-    def run(self, step, loss_of=train_cifar.step_loss):
-        drawn = {name: value.to(self.device) for name, value in self.draw(step).items()}
-        method = self.settings.method
-        loss_of(self.net, self.net, self.settings, method, **drawn).sum().backward()
+    def run(self, step, loss_of=train_cifar.step_loss, **changes):
+        drawn = {**self.draw(step), **changes}
+        loss = loss_of(self.net, self.teacher, self.settings, self.method, **drawn)
+        loss.mean().backward()
+        return loss
+
+each_method = parametrize("line", [
+    "--method diffusion --classes", "--method mct --steps 1 2 4 --no-classes",
+    "--method mcd", "--method ect", "--method ect-segmented --steps 4"])
 
 def test_each_iteration_draws_its_own_noise():
     """From (seed, method, iteration) alone."""
@@ -508,12 +525,43 @@ def test_ect_draws_log_normal_times_and_the_stage():
     times = its.draw(0, batch=9000)["t"].log()
     close(torch.stack(torch.std_mean(times)), [0.5, -1], atol=0.02)
 
-@parametrize("line", [
-    "--method diffusion --classes", "--method mct --steps 1 2 4 --no-classes",
-    "--method mcd", "--method ect", "--method ect-segmented --steps 4"])
+def right_loss(its, x, eps, seed, t, labels=None, stage=None, N=None, s=None, t_step=None):
+    """What step_loss should be, without dropout."""
+    x = x / 127.5 - 1
+    f = mcm.make_f(its.net, steps=N, labels=labels)
+    if its.method == "diffusion":
+        return mcm.consistency_loss(f, x, eps, t, 0 * t, 0 * t, huber_eps=1.0)
+    if "ect" in its.method:                         # one segment is ECT itself
+        N = 4 if "segmented" in its.method else 1
+        D = mcm.conditioned(its.net, N, labels=labels)
+        return ect.ect_loss(D, x, eps, t, stage, 3, c=7, edges=ect.segment_edges(N))
+    teacher = None
+    if its.method == "mcd":
+        teacher = mcm.make_f(its.teacher, labels=labels)
+    return mcm.consistency_loss(f, x, eps, t, s, t_step, teacher=teacher, huber_eps=0.3)
+
+@each_method
+def test_the_loss_is_the_one_that_the_settings_name(line):
+    its = Iterations(line + " --q 3 --c 7 --huber-eps 0.3")
+    its.teacher.model.map_layer0.bias += 1
+    close(its.run(3, seed=None), right_loss(its, **its.draw(3)), rtol=1e-4, atol=1e-5)
+
+@each_method
 def test_an_iteration_mixes_no_devices_and_reads_no_value(line):
     """On the meta device a CPU tensor, an .item() or a shape that depends on data raises."""
     Iterations(line, "meta").run(0)
+
+@needs_gpu
+@each_method
+def test_an_iteration_does_not_wait_for_the_gpu(line):
+    its = Iterations(line + " --precision fp16", "cuda")
+    its.data.images, its.data.labels = its.data.images.cuda(), its.data.labels.cuda()
+    its.run(0)                                      # the first one may load kernels
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        its.run(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 # ---- FID -----------------------------------------------------------------------------------------
 # A published FID has the Inception graph of 2015, TensorFlow 1's resize, the unbiased covariance
@@ -793,11 +841,20 @@ def test_the_average_is_a_mean_until_its_decay_is_ema(folder, monkeypatch):
     decays = [call.args[0] for call in averages.call_args_list]
     close(decays[:5], [0, 1 / 2, 2 / 3, 0.7, 0.7])
 
+def test_the_learning_rate_falls_to_0(folder):
+    train(NEW + "--lr 0.6 --out run")
+    close(checkpoint("run/tuned.pt")["optimizer"]["param_groups"][0]["lr"], 0.1)
+
 def test_ctrl_c_does_what_it_did_before():
     before = signal.getsignal(signal.SIGINT)
     with train_cifar.ctrl_c():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+def test_a_mistake_in_the_code_keeps_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr(train_cifar.UNet, "__init__", Mock(side_effect=NameError))
+    with pytest.raises(NameError):
+        train(NEW)
 
 def test_main_runs_in_a_thread(folder):
     with ThreadPoolExecutor() as pool:
