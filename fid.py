@@ -7,8 +7,8 @@ First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 N
 (its training set). A published FID has four parts: the Inception graph of 2015, TensorFlow 1's
 resize, n = 50,000 and the unbiased covariance. With fewer images it is too large: about 30 at
 n = 2,000, even between real images. This bias is proportional to 1/n + 1/N for n images against N.
-So beside a distance stands its floor, n real images against n others, whose bias goes as 2/n. (Or
-two halves of the real images, if there are fewer.) A perfect model scores (1 + n/N) / 2 of it.
+So beside a distance stands its floor, n real images against n others, whose bias goes as 2/n. A
+perfect model scores (1 + n/N) / 2 of it. (Fewer than 2 n real images: two halves, (1 + N/n) / 4.)
 
 Comments say by how much an error "moves features": the largest change (they reach 39).
 """
@@ -47,8 +47,8 @@ def download(url, sha256):
     """The path of url's file in torch's cache, where it is downloaded if it is not there."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with refuse(f"{path}: put {url} there"):
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, path, sha256)   # checks it, then renames it
     return path
 

@@ -140,13 +140,13 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
         # (2) The x of the teacher step. A guided teacher has two: we step along the guided one, and
         #     take the variance from the other.
         x_teacher = x if teacher is None else teacher(z_t, t)
-        x_unguided = x_teacher
+        x_cond = x_teacher
         if isinstance(x_teacher, tuple):
-            x_teacher, x_unguided = x_teacher
+            x_teacher, x_cond = x_teacher
 
         # (3) One step to s. The paper puts back 3/4 of the teacher's squared error. Without a
         #     teacher the error and x_var are 0, and aDDIM is DDIM.
-        x_var = x_var_frac * mean_per_sample((x_unguided - x) ** 2)
+        x_var = x_var_frac * mean_per_sample((x_cond - x) ** 2)
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
 
         # (4) The reference's x at s, turned into a target for the x at t.

@@ -80,7 +80,7 @@ def add_settings(add):
     huber_eps. "shapes" is small and short. Errors add up over the teacher steps, so it has fewer
     (T; for ECT, a smaller q^stages). Its other settings were found by trying, see the README."""
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
-    add("method", "mct", "ect", "diffusion: train --init on, with a new --seed", choices=SAMPLERS)
+    add("method", "mct", "ect", "diffusion: trains --init further; new --seed", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
     add("init", "shapes", "edm", "EDM's .pkl or our .pt; none: train one first")
     add("classes", True, False, "class labels (captions of shapes) for the network", action=SWITCH)
@@ -647,7 +647,7 @@ def main(arguments=None):
     if RANK == 0:
         add_up(torch.zeros(1))                  # the others wait for this, see join_processes
 
-    # Without --init, train a diffusion model: here, or below for --method diffusion.
+    # With --init none, train a diffusion model: here, or below for --method diffusion.
     only_diffusion = settings.method == "diffusion"
     if diffusion is None:
         torch.manual_seed(settings.seed)
