@@ -972,7 +972,7 @@ def test_the_labels_of_the_shapes_are_what_a_judge_sees():
 
 @parametrize("steps", [2, 8])
 def test_the_model_that_comes_with_the_code_draws_what_it_is_told(steps):
-    """Nearly always in colour. Its form is right in 2 of 3 (chance: 1 in 3): it learned too little."""
+    """Nearly always in colour. The form is right in 2 of 3, after a short training (chance: 1)."""
     net = train_cifar.load_network(train_cifar.load_checkpoint(HERE / "assets/dial.pt"))
     told = torch.arange(150) % 15
     seen = judge(sample.generate(net, "multistep", steps, torch.arange(150), 0, told))
