@@ -87,7 +87,7 @@ def add_settings(add):
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=SIZE)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1.
-    add("iters", 1000, 8_000, "iterations of tuning", type=COUNT)
+    add("iters", 600, 8_000, "iterations of tuning", type=COUNT)
     add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=COUNT)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     rates = {"mct": 6e-4, "mcd": 6e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": 2e-3}
