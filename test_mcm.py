@@ -29,6 +29,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees
 torch.set_num_threads(1)                # for small tensors threads mostly wait for each other
 train_cifar.DEVICE = torch.device("cpu")            # the tests that want a GPU say so
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A job in the background ignores Ctrl-C, and so do the processes that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 def close(actual, expected, rtol=1e-6, atol=1e-8):
     """torch.testing.assert_close, also for arrays, lists and numbers, compared in float64."""
     __tracebackhide__ = True
