@@ -224,6 +224,14 @@ def test_a_teacher_steps_with_three_quarters_of_its_squared_error():
     x_var = 0.75 * mean_per_sample((x_hat - x) ** 2)
     close(z_s, mcm.addim(x_hat, noisy(t), t, s, x_var))
 
+def test_a_teacher_is_asked_without_gradient():
+    asked = []
+    def teacher(z, t):
+        asked.append(torch.is_grad_enabled())
+        return x
+    mcm.consistency_loss(stand_in, x, eps, t, s, t_step, teacher=teacher)
+    assert asked == [False]
+
 def test_a_guided_teacher_takes_the_variance_from_its_unguided_guess():
     z_s, time = first_asked(teacher=mcm.guided(stand_in, gaussian, weight=2.0))
     x_hat = stand_in(noisy(t), t)
@@ -442,6 +450,14 @@ def test_the_network_is_edms():
 def test_the_norm_adds_1e_6_to_the_variance():
     ramp = torch.tensor([-1e-3, 1e-3]).expand(1, 16, 2)
     close(train_cifar.group_norm(16)(ramp), ramp / 2e-6**0.5, rtol=1e-4)
+
+def test_a_norm_has_at_most_32_groups_of_at_least_4_channels():
+    groups = [train_cifar.group_norm(channels).num_groups for channels in (16, 64, 128, 384)]
+    assert groups == [4, 16, 32, 32]
+
+def test_each_block_has_a_dropout_mask_of_its_own():
+    layers = [part.layer for part in small_net().modules() if hasattr(part, "layer")]
+    assert layers == list(range(len(layers)))
 
 def test_new_embeddings_begin_with_zeros():
     """Of labels and segments, so that they can be added to a trained network."""
