@@ -676,6 +676,12 @@ def test_an_image_that_cannot_be_used_is_named(name, size, mode, tmp_path):
     with pytest.raises(InputError, match=name):
         red(tmp_path)
 
+def test_an_npz_has_a_label_for_each_image_or_none(tmp_path):
+    path = tmp_path / "few.npz"
+    np.savez(path, arr_0=np.zeros((3, 16, 16, 3), np.uint8), arr_1=[0, 1])
+    with pytest.raises(InputError, match="few.npz: needs .* labels"):
+        fid.read_images(path)
+
 def test_whatever_pillow_raises_names_the_file(monkeypatch):
     monkeypatch.setattr(Image, "open", Mock(side_effect=struct.error("bad metadata")))
     with pytest.raises(InputError, match="0.png.*bad metadata"):
