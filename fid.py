@@ -28,6 +28,10 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
              "pt_inception-2015-12-05-6726825d.pth",
              "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 
+DEVICE, BATCH = torch.device("cpu"), 16         # where features are computed, and of how many
+if torch.cuda.is_available():
+    DEVICE, BATCH = torch.device("cuda"), 250
+
 class InputError(ValueError):
     """A mistake that the user can mend: one line that names it and the remedy."""
 
@@ -117,24 +121,24 @@ def random_features(images):
         features.append(weight * (y.mean((2, 3)) + 0.02).log())
     return torch.cat(features, 1)
 
-def load_extractor(features, example, device="cpu"):
+def load_extractor(features, example):
     """"inception", "random" or a TorchScript file -> a function, uint8 [N, 3, H, W] -> [N, d].
     It is tried on an example, images of that shape, before any work."""
     net = random_features
     with refuse(f"--features {features}: cannot be opened, or fails on such images"):
         if features == "inception":             # the word: a file of this name is "./inception"
-            net = InceptionFID().to(device, torch.float32)
-            net.load_state_dict(torch.load(download(*INCEPTION), device, weights_only=True))
+            net = InceptionFID().to(DEVICE, torch.float32)
+            net.load_state_dict(torch.load(download(*INCEPTION), DEVICE, weights_only=True))
             net.fold()
         elif features != "random":
-            net = torch.jit.load(features, device).eval()
+            net = torch.jit.load(features, DEVICE).eval()
 
         # In float32: not in TF32, torch's default for convolutions, nor in a caller's autocast.
         @torch.inference_mode()
-        @torch.autocast(torch.device(device).type, enabled=False)
+        @torch.autocast(DEVICE.type, enabled=False)
         @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         def extractor(images):
-            return net(images.to(device)).flatten(1).cpu()
+            return net(images.to(DEVICE)).flatten(1).cpu()
         extractor(example)
     return extractor
 
@@ -142,8 +146,7 @@ def features_of(images, extractor, rows=None):
     """Images, as read_images gives them, and which of them (None: all) -> [n, d]."""
     if rows is None:
         rows = torch.arange(len(images))
-    batches = rows.split(250 if torch.cuda.is_available() else 16)          # what is fast
-    return torch.cat([extractor(batch_of(images, batch)) for batch in batches])
+    return torch.cat([extractor(batch_of(images, batch)) for batch in rows.split(BATCH)])
 
 # ---- Statistics and distance ---------------------------------------------------------------------
 def moments(features):
@@ -164,6 +167,10 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     distance = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * shared
     return distance.clamp(min=0).item()
 
+def distance_of(features, real):
+    """The distance of two sets of features, [n, d] and [N, d]."""
+    return frechet_distance(*moments(features), *moments(real))
+
 def shuffled(n):
     """0 .. n - 1 in an order that is always the same -> int64 [n]."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
@@ -171,7 +178,7 @@ def shuffled(n):
 def floor_of(real, n):
     """Features [N, d] of real images -> the floor for n images, see the top."""
     one, other = real[shuffled(len(real))[:2 * n]].chunk(2)
-    return frechet_distance(*moments(one), *moments(other))
+    return distance_of(one, other)
 
 def metric_name(features, n):
     """FID only for what papers call FID. Any other distance is named after its features and n."""
@@ -195,7 +202,7 @@ def read_images(source):
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
             raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
-        files = list(files_below(path, set())) if path.is_dir() else []
+        files = list(files_below(path, set()))
         kinds = Image.registered_extensions()
         images = [file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN]
         if not images:
@@ -214,7 +221,7 @@ def files_below(folder, seen):
     """Yields the files in a folder and below, sorted: through links, but none that is hidden.
     seen: a set of the folders that were read, so that a link cannot lead in a circle."""
     seen.add(folder.resolve())
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("*")):               # none, if there is no such folder
         if path.name.startswith(".") or path.name == "__MACOSX":
             continue
         if not path.is_dir():
@@ -257,13 +264,12 @@ def main(arguments=None):
         first, first_real = [batch_of(x, torch.arange(2)) for x in (images, real_images)]
         if args.features != "inception" and first.shape != first_real.shape:
             raise InputError(f"{args.a} and {args.b} have images of different sizes")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        extractor = load_extractor(args.features, first, device)
+        extractor = load_extractor(args.features, first)
 
         # Of the images to judge, n are drawn, always the same.
         made = features_of(images, extractor, shuffled(len(images))[:n])
         real = features_of(real_images, extractor)
-        distance, floor = frechet_distance(*moments(made), *moments(real)), floor_of(real, n)
+        distance, floor = distance_of(made, real), floor_of(real, n)
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     # In ASCII (!a), because a terminal may lack a letter.

@@ -60,10 +60,11 @@ def renoise(denoise, latents, sigmas, noise=None):
     """Consistency sampling: latents ~ N(0, 1) [B, ...] -> x [B, ...].
     sigmas: falling noise levels, one for each step. ECT's two steps are [80, 0.821].
     noise: one [B, ...] for each sigma after the first. None: drawn here."""
+    if noise is None:
+        noise = [torch.randn_like(latents) for sigma in sigmas[1:]]
     x = guess(denoise, sigmas[0] * latents.double(), sigmas[0], latents.dtype)
-    for i, sigma in enumerate(sigmas[1:]):
-        eps = torch.randn_like(x) if noise is None else noise[i].double()
-        x = guess(denoise, x + sigma * eps, sigma, latents.dtype)
+    for sigma, eps in zip(sigmas[1:], noise):
+        x = guess(denoise, x + sigma * eps.double(), sigma, latents.dtype)
     return x.to(latents.dtype)
 
 @torch.no_grad()
@@ -86,10 +87,10 @@ def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_M
     return x.to(latents.dtype)
 
 # ---- From a network to images --------------------------------------------------------------------
-def sample_batch(net, sampler, steps, noise, labels=None):
+def sample_batch(net, sampler, steps, noise, labels):
     """noise [draws, B, C, H, W], one draw or, for "renoise", one for each step -> x [B, C, H, W].
     sampler: "multistep" for MCT, MCD and ECT in segments; "renoise" for ECT; "ddim" or "heun" for a
-    diffusion model. labels: int64 [B], -1 for none, or None."""
+    diffusion model. labels: int64 [B], -1 for none."""
     if sampler == "multistep":
         return multistep(mcm.make_f(net, steps=steps, labels=labels), noise[0], steps)
     if sampler == "ddim":
@@ -97,13 +98,11 @@ def sample_batch(net, sampler, steps, noise, labels=None):
     if sampler == "heun":
         return heun(mcm.conditioned(net, labels=labels), noise[0], steps)
     if sampler == "renoise":
-        # ECT gives a level for two steps. For others we take equal distances in cosine's t.
-        later = [ect.MID_SIGMA] if steps == 2 else ect.segment_edges(steps).flip(0).tolist()
         D = mcm.conditioned(net, 1, labels=labels)              # trained as one segment
-        return renoise(D, noise[0], [mcm.SIGMA_MAX] + later, noise[1:])
+        return renoise(D, noise[0], ect.sampling_sigmas(steps), noise[1:])
     raise ValueError(f"sampler {sampler}: not multistep, ddim, heun or renoise")
 
-def generate(net, sampler, steps, numbers, seed=0, labels=None):
+def generate(net, sampler, steps, numbers, labels, seed=0):
     """Images of a train_cifar.UNet -> uint8 [n, C, H, W] on the CPU.
     numbers: int64 [n]: the noise of an image depends on (seed, its number) alone. labels: [n]."""
     device = next(net.parameters()).device
@@ -114,10 +113,9 @@ def generate(net, sampler, steps, numbers, seed=0, labels=None):
         each = [np.random.default_rng([seed, i]).standard_normal(shape, np.float32)
                 for i in numbers[rows].tolist()]
         noise = torch.from_numpy(np.stack(each, axis=1)).to(device)
-        batch_labels = None if labels is None else labels[rows].to(device)
         # TF32, torch's default for convolutions on a GPU, would change some pixels.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            x = sample_batch(net, sampler, steps, noise, batch_labels)
+            x = sample_batch(net, sampler, steps, noise, labels[rows].to(device))
         images.append((x.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu())    # 0 .. 255
     return torch.cat(images)
 
@@ -155,11 +153,12 @@ def main(arguments=None):
     except (InputError, OSError) as error:
         parser.error(str(error))
 
-    labels = torch.arange(args.n) % len(names) if names else None
+    numbers = torch.arange(args.n)
+    labels = numbers % len(names) if names else torch.full_like(numbers, -1)
     if args.prompt is not None:
-        labels = torch.full((args.n,), names.index(args.prompt))
+        labels[:] = names.index(args.prompt)
     net = train_cifar.load_network(state)
-    images = generate(net, sampler, steps, torch.arange(args.n), args.seed, labels)
+    images = generate(net, sampler, steps, numbers, labels, args.seed)
     with train_cifar.atomic(args.out) as part:
         if args.out.suffix == ".png":
             save_grid(images, part, columns=round(args.n**0.5))

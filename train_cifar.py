@@ -29,18 +29,22 @@ from torch import nn
 import ect, fid, mcm, sample
 from fid import InputError, refuse
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = fid.DEVICE     # of everything: a GPU, if there is one
 
-# ---- Several processes: each has its rows of every batch. Only rounding depends on how many. -----
+# ---- Several processes ---------------------------------------------------------------------------
+# torchrun starts this program once for each GPU. Every process draws the whole batch and takes its
+# own rows of it, RANK, RANK + WORLD, ... So only rounding depends on how many processes there are.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ              # set by torchrun alone
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+RANK, WORLD = 0, 1
+if LAUNCHED:
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 def join_processes():
     """Each process gets its GPU and can reach the others. Only the first one prints."""
+    backend = "gloo"
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -90,7 +94,7 @@ def add_settings(add):
     add("iters", 600, 8_000, "iterations of tuning", type=COUNT)
     add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=COUNT)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
-    rates = {"mct": 6e-4, "mcd": 6e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": 2e-3}
+    rates = {"mct": 6e-4, "mcd": 6e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": None}
     add("lr", rates, 1e-4, "learning rate of tuning, falls linearly to 0", type=SIZE)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=SIZE)
     add("ema", 0.99, 0.9993, "decay of the averaged weights", type=number(float, 0, 1))
@@ -100,11 +104,11 @@ def add_settings(add):
     # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for small rates. 1: nearly a square error.
     add("T", [8, 512], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
     add("huber_eps", 1e-4, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=SIZE)
-    # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2).
+    # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2), in diffusion too.
     add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1.001, 1e6))
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
-    add("p_mean", 1.0, -1.1, "ect: mean of ln t", type=number(float, -20, 20))
-    add("p_std", 1.8, 2.0, "ect: standard deviation of ln t", type=SIZE)
+    add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=number(float, -20, 20))
+    add("p_std", 1.8, 2.0, "their standard deviation of ln t", type=SIZE)
     add("c", 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image", type=SIZE)
     # The machine. bf16 is not offered: where t - r is small, its gradients are too coarse.
     add("precision", "fp32", "fp16", "fp16 is for a GPU", choices=("fp16", "fp32"))
@@ -128,21 +132,23 @@ def read_settings(parser, arguments):
     parser.add_argument("--preset", choices=presets, help="picks the defaults, which stand in ()")
     add_settings(add)
     settings = parser.parse_args(arguments)
-    # What is not given is the preset's. Its diffusion model and classes fit only its own data.
     settings.preset = settings.preset or choose_preset(settings.data)
-    other_data = settings.data not in (None, settings.preset)
-    if settings.init is None and (settings.width or other_data):
-        settings.init = "none"
-    if settings.classes is None and other_data:
-        settings.classes = False
-    if settings.width and settings.init != "none":
-        raise InputError("--width: the model of --init has its own; leave it out, or --init none")
-    for name, default in presets[settings.preset].items():
+    # What is not given is the preset's. Its diffusion model and classes fit only its own data.
+    defaults = presets[settings.preset]
+    if settings.data not in (None, settings.preset):
+        defaults.update(init="none", classes=False)
+    if settings.width:
+        defaults["init"] = "none"
+    for name, default in defaults.items():
         if isinstance(default, dict):           # by method
             default = default[settings.method]
         if getattr(settings, name) is None:
             setattr(settings, name, default)
     settings.steps = sorted(set(settings.steps))
+
+    # What does not go together.
+    if defaults["width"] != settings.width and settings.init != "none":
+        raise InputError("--width: the model of --init has its own; leave it out, or --init none")
     if settings.method == "ect-segmented" and len(settings.steps) > 1:
         raise InputError("--method ect-segmented: needs a single number of --steps")
     if settings.guidance and not (settings.method == "mcd" and settings.classes):
@@ -163,8 +169,8 @@ def choose_preset(data):
         fid.read_images("cifar10")
         return "cifar10"
     except InputError as error:
-        print(f"preset shapes (a small network, a short run), because {error}\nfor ECT's own "
-              "settings: --preset cifar10 (an hour on an A100, days on a laptop)")
+        print(f"preset shapes: minutes on a laptop, because {error}\n"
+              "preset cifar10: ECT's own settings, an hour on an A100")
         return "shapes"
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
@@ -304,7 +310,8 @@ class DDPMpp(nn.Module):
         angle = c_noise[:, None] * self.frequencies
         emb = torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype)
         if self.classes:
-            labels = torch.full_like(c_noise, -1) if labels is None else labels
+            if labels is None:
+                labels = torch.full_like(c_noise, -1)
             one_hot = labels[:, None] == torch.arange(self.classes, device=x.device)    # -1: zeros
             emb = emb + self.map_label(one_hot.to(x.dtype) * self.classes**0.5)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
@@ -335,7 +342,7 @@ class UNet(nn.Module):
         self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution)
         self.model = DDPMpp(**self.arguments)
         self.image_shape = (3, resolution, resolution)
-        self.fp16 = False               # the raw network in half precision, on a GPU
+        self.dtype = torch.float32      # of the raw network; float16 only on a GPU, see place
 
     def forward(self, x, sigma, labels=None, segment=None, seed=None):
         """x [B, 3, H, W] = x0 + sigma eps, sigma [B] or a number > 0 -> x_hat, float32.
@@ -350,11 +357,23 @@ class UNet(nn.Module):
         c_out = SIGMA_DATA * level * c_in
         c_noise = sigma.log() / 4                               # [B]
         # The weights are cast by hand: autocast would leave group norms in float32.
-        dtype = torch.float16 if self.fp16 and x.is_cuda else torch.float32
-        weights = {name: p.to(dtype) for name, p in self.model.named_parameters()}
-        inputs = (c_in * x).to(dtype), c_noise, labels, segment, seed
+        weights = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
+        inputs = (c_in * x).to(self.dtype), c_noise, labels, segment, seed
         raw = torch.func.functional_call(self.model, weights, inputs)
         return c_skip * x + c_out * raw
+
+def extended(net, classes, **more):
+    """A copy of a UNet, with embeddings that it lacks. They are zero, so they change nothing yet."""
+    arguments = {**net.arguments, "classes": net.model.classes or classes, **more}
+    copied = UNet(**arguments)
+    copied.load_state_dict({**copied.state_dict(), **net.state_dict()})
+    return copied
+
+def place(net, precision):
+    """A UNet on DEVICE, in channels last. Only on a GPU, and for "fp16", in half precision."""
+    if precision == "fp16" and DEVICE.type == "cuda":
+        net.dtype = torch.float16
+    return net.to(DEVICE, memory_format=torch.channels_last)
 
 # ---- Data: uint8 images [n, 3, H, W], labels int64 [n], names of the classes ---------------------
 FORMS = ("disc", "square", "triangle")
@@ -387,7 +406,7 @@ def shapes(n=20_000, size=32):
     return torch.cat(images).round().byte(), torch.cat(labels), names
 
 def load_data(settings):
-    """--data -> a namespace: images, labels, class_names (empty without --classes), name."""
+    """--data -> a namespace: images, labels, class_names, name. Without --classes: -1 and []."""
     name = settings.data
     images, labels, class_names = shapes() if name == "shapes" else fid.read_images(name)
     images = fid.batch_of(images, torch.arange(len(images)))        # reads files
@@ -399,8 +418,10 @@ def load_data(settings):
     if name not in ("shapes", "cifar10"):           # two folders may have one name
         content = images.numpy().tobytes() + labels.numpy().tobytes()
         name = f"{Path(name).name}-{hashlib.sha256(content).hexdigest()[:6]}"
+    if not settings.classes:
+        labels, class_names = torch.full_like(labels, -1), []
     return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), name=name,
-                           class_names=class_names if settings.classes else [])
+                           class_names=class_names)
 
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
 # EDM's files are pickles: programs that import names and call them. Our unpickler imports nothing.
@@ -459,42 +480,41 @@ def draw(data, settings, method, step):
     So a run that was killed goes on with the very batches that it would have drawn."""
     device, batch = data.images.device, settings.batch
     entropy = np.random.SeedSequence([settings.seed, int(method != "diffusion"), step])
-    seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # of 63 bits
-    how = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
+    bits = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # 63 of them
+    how = dict(generator=torch.Generator(device).manual_seed(bits), device=device)
     # Images, noise and the seeds of the dropout masks.
     index = torch.randint(len(data.images), (batch,), **how)
-    drawn = {"x": data.images[index],
-             "eps": torch.randn(batch, *data.images.shape[1:], **how),
-             "seed": torch.randint(2**32, (batch,), **how)}
-    if data.class_names:
-        # One in ten is trained without its label, so that the model can be guided (mcm.guided).
-        kept = torch.rand(batch, **how) > 0.1
-        drawn["labels"] = data.labels[index].where(kept, -1)
-    # Times: cosine's t, ECT's t and stage, or those of MCM's Algorithm 1 for an N of --steps.
-    if method == "diffusion":
-        drawn["t"] = torch.rand(batch, **how)
-    elif method in ("ect", "ect-segmented"):
-        drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
-        stage = step * settings.stages // settings.iters            # 0, 1, 2, ...
-        drawn["stage"] = torch.full((batch,), stage, device=device)
-    else:
+    x = data.images[index]
+    eps = torch.randn(x.shape, **how)
+    seed = torch.randint(2**32, (batch,), **how)
+    # One in ten is trained without its label, so that the model can be guided (mcm.guided).
+    kept = torch.rand(batch, **how) > 0.1
+    labels = data.labels[index].where(kept, -1)
+    drawn = dict(x=x, eps=eps, seed=seed, labels=labels)
+
+    if method in ("mct", "mcd"):
+        # The times of MCM's Algorithm 1, for an N of --steps.
         which = torch.randint(len(settings.steps), (batch,), **how)
         N = torch.tensor(settings.steps).to(device, non_blocking=True)[which]   # the host goes on
         T = mcm.teacher_steps(step, *settings.T, anneal=settings.iters / 2)
         t, s, t_step = mcm.draw_times(batch, N, T, **how)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
+    else:
+        # A noise level, as EDM and ECT draw it, and ECT's stage: 0, 1, 2, ...
+        drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
+        stage = step * settings.stages // max(settings.iters, 1)
+        drawn["stage"] = torch.full((batch,), stage, device=device)
     return drawn
 
-def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stage=None, N=None,
-              s=None, t_step=None):
+def step_loss(net, teacher, settings, method, x, eps, seed, labels, t, s=None, t_step=None, N=None,
+              stage=None):
     """The loss of one iteration, of what `draw` drew -> [B]. It compiles as one graph."""
     x = x.float() / 127.5 - 1
-    f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
     if method == "diffusion":
         # As MCT where s = t_step: the target is x. With huber_eps 1, nearly a squared error.
-        alpha, sigma = mcm.alpha_sigma(mcm.cosine, t, x)
-        z_t = alpha * x + sigma * eps
-        return mcm.v_loss(f(z_t, t), x, z_t, t, huber_eps=1.0)
+        D = mcm.conditioned(net, labels=labels, seed=seed)
+        z_t = x + mcm.per_sample(t, x) * eps
+        return mcm.v_loss(D(z_t, t), x, z_t, t, mcm.edm, huber_eps=1.0)
     if method in ("ect", "ect-segmented"):
         # The paper's ECT is a single segment, from 80 down to 0, without inner edges.
         segments = settings.steps[0] if method == "ect-segmented" else 1
@@ -502,6 +522,7 @@ def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stag
         edges = ect.segment_edges(segments, x.device)
         return ect.ect_loss(D, x, eps, t, stage, settings.q, c=settings.c, edges=edges)
     # MCM: training, where the data itself makes the step to s, or distillation of the teacher.
+    f = mcm.make_f(net, steps=N, labels=labels, seed=seed)
     teacher_f = mcm.make_f(teacher, labels=labels) if method == "mcd" else None
     if settings.guidance:
         teacher_f = mcm.guided(teacher_f, mcm.make_f(teacher), settings.guidance)
@@ -509,11 +530,13 @@ def step_loss(net, teacher, settings, method, x, eps, seed, t, labels=None, stag
                                 huber_eps=settings.huber_eps)
 
 # ---- The loop ------------------------------------------------------------------------------------
-def train(net, teacher, data, settings, method, iters, peak_lr):
+def train(net, teacher, data, settings, method):
     """Trains `net` (teacher: for mcd) -> its average. The same call goes on where one stopped."""
-    path = Path(settings.out, "diffusion.pt" if method == "diffusion" else "tuned.pt")
-    net.to(DEVICE, memory_format=torch.channels_last)
-    net.fp16 = settings.precision == "fp16"
+    path, iters, peak_lr = Path(settings.out, "tuned.pt"), settings.iters, settings.lr
+    if method == "diffusion":
+        path = Path(settings.out, "diffusion.pt")
+        iters, peak_lr = settings.pretrain_iters, settings.pretrain_lr
+    place(net, settings.precision)
     ema = copy.deepcopy(net).requires_grad_(False)
     weights = list(net.parameters())
     optimizer = torch.optim.RAdam(weights, foreach=True)
@@ -593,36 +616,34 @@ def ctrl_c():
             signal.signal(signal.SIGINT, before)
 
 # ---- Results -------------------------------------------------------------------------------------
-def report(diffusion, tuned, data, settings, extractor):
-    """The diffusion model beside the tuned one, against all data: a table, result.json, dial.png.
+def report(nets, data, settings, extractor):
+    """The networks {method: network}, against all data: a table, result.json, dial.png.
     Each process makes and measures its share of the images."""
     n, real = settings.fd_samples, data.images.cpu()
     mine = torch.arange(len(real)).tensor_split(WORLD)[RANK]
     real_features = gather(fid.features_of(real, extractor, mine))
-    reference, floor = fid.moments(real_features), fid.floor_of(real_features, n)
+    floor = fid.floor_of(real_features, n)
     metric = fid.metric_name(settings.features, n)
     print(f"\n{data.name!a}: {metric}; floor, real images to real: {floor:.2f}\n"
           "model         steps  evaluations  distance  images/s")
-    # Method, network, sampler, steps, evaluations: N steps before and after tuning, then EDM's 18.
-    table = [("diffusion", diffusion, "ddim", N, N) for N in settings.steps]
+    # Method, sampler, steps, evaluations: N steps before and after tuning, then EDM's 18.
+    table = [("diffusion", "ddim", N, N) for N in settings.steps]
     if settings.method != "diffusion":
-        table += [(settings.method, tuned, SAMPLERS[settings.method], N, N) for N in settings.steps]
-    table += [("diffusion", diffusion, "heun", 18, 35)]
-    numbers, labels = torch.arange(n).tensor_split(WORLD)[RANK], None
-    if data.class_names:                        # those of n real images, in random order
-        labels = data.labels[fid.shuffled(len(real))[numbers % len(real)]]
+        table += [(settings.method, SAMPLERS[settings.method], N, N) for N in settings.steps]
+    table += [("diffusion", "heun", 18, 35)]
+    numbers = torch.arange(n).tensor_split(WORLD)[RANK]
+    labels = data.labels[fid.shuffled(len(real))[numbers % len(real)]]      # of n real images
     # A row of the table and a row of the picture for each.
     rows, pictures = [], []
-    for method, net, sampler, steps, nfe in table:          # nfe: evaluations of the network
+    for method, sampler, steps, nfe in table:               # nfe: evaluations of the network
         start = time.perf_counter()
-        share = sample.generate(net, sampler, steps, numbers, settings.seed, labels)
+        share = sample.generate(nets[method], sampler, steps, numbers, labels, settings.seed)
         speed = n / (time.perf_counter() - start)
-        made = fid.moments(gather(fid.features_of(share, extractor)))
-        distance = fid.frechet_distance(*made, *reference)
+        distance = fid.distance_of(gather(fid.features_of(share, extractor)), real_features)
         print(f"{method:<13} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}", flush=True)
         rows.append(dict(method=method, sampler=sampler, steps=steps, nfe=nfe, metric=metric, n=n,
                          distance=distance, floor=floor, images_per_second=speed))
-        pictures.append(gather(share)[:10])
+        pictures.append(share[:10])
     if RANK == 0:
         Path(settings.out, "result.json").write_text(json.dumps(rows, indent=1))
         sample.save_grid(torch.cat(pictures), Path(settings.out, "dial.png"), columns=10)
@@ -639,7 +660,7 @@ def main(arguments=None):
     try:
         settings = read_settings(parser, arguments)
         data = load_data(settings)
-        extractor = fid.load_extractor(settings.features, data.images[:2], DEVICE)
+        extractor = fid.load_extractor(settings.features, data.images[:2])
         diffusion = load_init(settings, data)
         open_run(settings, data)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
@@ -647,28 +668,18 @@ def main(arguments=None):
     if RANK == 0:
         add_up(torch.zeros(1))                  # the others wait for this, see join_processes
 
-    # With --init none, train a diffusion model: here, or below for --method diffusion.
-    only_diffusion = settings.method == "diffusion"
-    if diffusion is None:
-        torch.manual_seed(settings.seed)
-        diffusion = UNet(settings.width, **NETS[settings.preset], classes=len(data.class_names),
-                         dropout=settings.dropout, resolution=data.images.shape[-1])
-        if not only_diffusion:
-            diffusion = train(diffusion, None, data, settings, "diffusion",
-                              settings.pretrain_iters, settings.pretrain_lr)
-    diffusion.to(DEVICE, memory_format=torch.channels_last).requires_grad_(False)
-    diffusion.fp16 = settings.precision == "fp16"
+    # A diffusion model that is new is trained. With --method diffusion, any is trained further.
+    more = dict(dropout=settings.dropout, classes=len(data.class_names))
+    if settings.method == "diffusion" or settings.init == "none":
+        diffusion = train(extended(diffusion, **more), None, data, settings, "diffusion")
+    place(diffusion, settings.precision).requires_grad_(False)
+    nets = {"diffusion": diffusion}
 
-    # Tune a copy. What is new, an embedding of labels or segments, is zero and changes nothing.
-    more = dict(diffusion.arguments, dropout=settings.dropout)
-    more["classes"] = diffusion.model.classes or len(data.class_names)
-    if not only_diffusion:
-        more["segments"] = sum(range(max(settings.steps) + 1))      # the rows of mcm.segment_row
-    net = UNet(**more)
-    net.load_state_dict({**net.state_dict(), **diffusion.state_dict()})
-    tuned = train(net, diffusion, data, settings, settings.method, settings.iters, settings.lr)
-    diffusion = tuned if only_diffusion else diffusion
-    report(diffusion, tuned, data, settings, extractor)
+    # Tune a copy, which is told its segment: a row of mcm.segment_row.
+    if settings.method != "diffusion":
+        net = extended(diffusion, **more, segments=sum(range(max(settings.steps) + 1)))
+        nets[settings.method] = train(net, diffusion, data, settings, settings.method)
+    report(nets, data, settings, extractor)
 
 # ---- Checkpoints and the folder of a run ---------------------------------------------------------
 @contextlib.contextmanager
@@ -705,8 +716,7 @@ def load_network(state):
     """A dict of load_checkpoint -> its averaged network."""
     net = UNet(**state["arguments"])
     net.load_state_dict(state["ema"])
-    net.fp16 = state["settings"]["precision"] == "fp16"
-    return net.to(DEVICE, memory_format=torch.channels_last)
+    return place(net, state["settings"]["precision"])
 
 def open_run(settings, data):
     """Makes the folder of the run. InputError if it holds one of other settings or data."""
@@ -724,10 +734,11 @@ def open_run(settings, data):
     tempfile.TemporaryFile(dir=settings.out).close()        # an OSError, if it cannot be written
 
 def load_init(settings, data):
-    """The diffusion model of --init, or None: train one. Settings get a hash instead of its path,
-    because a file may be moved or overwritten while a run waits to go on."""
+    """The diffusion model of --init, or a new one. Settings get a hash instead of its path, because
+    a file may be moved or overwritten while a run waits to go on."""
     if settings.init == "none":
-        return None
+        torch.manual_seed(settings.seed)
+        return UNet(settings.width, **NETS[settings.preset], resolution=data.images.shape[-1])
     path = Path(settings.init)
     if settings.init == "shapes":
         path = Path(__file__).parent / "assets/diffusion.pt"
