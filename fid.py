@@ -3,10 +3,10 @@
     python fid.py samples.npz cifar10                         # called FID if n is 50,000 or more
     python fid.py samples train --features random --n 1000    # any images, no download
 
-First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 NHWC) or cifar10
-(its training set). A published FID has four parts: the Inception graph of 2015, TensorFlow 1's
-resize, n = 50,000 and the unbiased covariance. With fewer images it is too large: about 30 at
-n = 2,000, even between real images. This bias is proportional to 1/n + 1/N for n images against N.
+First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 NHWC), cifar10 (its
+training set) or shapes (built in). A published FID has four parts: the Inception graph of 2015,
+TensorFlow 1's resize, n = 50,000 and the unbiased covariance. With fewer images it is too large:
+about 30 at n = 2,000, even between real images. This bias goes as 1/n + 1/N for n images against N.
 So beside a distance stands its floor, n real images against n others, whose bias goes as 2/n. A
 perfect model scores (1 + n/N) / 2 of it. (Fewer than 2 n real images: two halves, (1 + N/n) / 4.)
 
@@ -28,9 +28,7 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
              "pt_inception-2015-12-05-6726825d.pth",
              "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 
-DEVICE, BATCH = torch.device("cpu"), 16         # where features are computed, and of how many
-if torch.cuda.is_available():
-    DEVICE, BATCH = torch.device("cuda"), 250
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 class InputError(ValueError):
     """A mistake that the user can mend: one line that names it and the remedy."""
@@ -146,15 +144,14 @@ def features_of(images, extractor, rows=None):
     """Images, as read_images gives them, and which of them (None: all) -> [n, d]."""
     if rows is None:
         rows = torch.arange(len(images))
-    return torch.cat([extractor(batch_of(images, batch)) for batch in rows.split(BATCH)])
+    batches = rows.split(250 if DEVICE.type == "cuda" else 16)              # what is fast
+    return torch.cat([extractor(batch_of(images, batch)) for batch in batches])
 
 # ---- Statistics and distance ---------------------------------------------------------------------
 def moments(features):
     """[n, d] -> mean [d] and unbiased covariance [d, d], in float64."""
     features = features.double()
-    mean = features.mean(0)
-    deviation = features - mean
-    return mean, deviation.T @ deviation / (len(features) - 1)
+    return features.mean(0), torch.cov(features.T)
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), means [d], covariances [d, d].
@@ -186,10 +183,12 @@ def metric_name(features, n):
 
 # ---- Images --------------------------------------------------------------------------------------
 def read_images(source):
-    """A folder, an .npz or "cifar10" -> images, labels int64 [n], class names.
+    """A folder, an .npz, "cifar10" or "shapes" -> images, labels int64 [n], class names.
     The images are uint8 [n, 3, H, W], or the paths of n files, which may not all fit into memory:
     see batch_of. The label of a file is its folder. InputError for what cannot be read."""
     path = Path(source)
+    if source == "shapes":
+        return shapes()
     if source == "cifar10":
         with refuse(f"data/{CIFAR10.filename}: put {CIFAR10.url} there"):
             data = CIFAR10("data", download=True)
@@ -206,7 +205,7 @@ def read_images(source):
         kinds = Image.registered_extensions()
         images = [file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN]
         if not images:
-            raise InputError(f"{path}: no folder with images, no .npz and not cifar10")
+            raise InputError(f"{path}: no folder with images, no .npz, not cifar10 or shapes")
         if len(images) < len(files):
             print(f"{source!a}: {len(files) - len(images)} files are no images")
         labels = [file.relative_to(path).parent.as_posix() for file in images]
@@ -248,10 +247,40 @@ def batch_of(images, rows):
             raise InputError(f"{file} is {image.shape}, but {files[0]} is {batch[0].shape}")
     return torch.from_numpy(np.stack(batch[1:]))
 
+# ---- The built-in images: shapes -----------------------------------------------------------------
+FORMS = ("disc", "square", "triangle")
+HUES = ("red", "green", "blue", "yellow", "purple")
+RGB = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220], [240, 200, 40], [170, 60, 190]])
+
+def shapes(n=20_000, size=32):
+    """Forms in five colours on soft grey -> images, labels, names: "red disc", "red square", ..."""
+    g = torch.Generator().manual_seed(0)
+    ramp = (torch.arange(size) + 0.5) / size * 2 - 1            # pixels, in [-1, 1]
+    images, labels = [], []
+    for form in (torch.arange(n) % len(FORMS)).split(1000):
+        radius, dx, dy, light, slope = torch.rand(5, len(form), 1, 1, generator=g)
+        radius = 0.4 + 0.2 * radius
+        x = ramp - (dx * 2 - 1) * (0.9 - radius)            # from the centre: [B, 1, W]
+        y = ramp[:, None] - (dy * 2 - 1) * (0.9 - radius)   # [B, H, 1]
+        # The distance to the edge of each shape, negative inside: [3, B, H, W] -> [B, H, W].
+        disc = x.hypot(y) - radius
+        square = torch.maximum(x.abs(), y.abs()) - 0.85 * radius
+        triangle = torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) - 0.6 * radius
+        edge = torch.stack([disc, square, triangle])[form, torch.arange(len(form))]
+        # The shape over its ground, with an edge that is soft by one pixel: [B, 3, H, W].
+        inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]
+        ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp[:, None]
+        hue = torch.randint(len(HUES), (len(form),), generator=g)
+        colour = RGB[hue][:, :, None, None]
+        images.append(inside * colour + (1 - inside) * ground[:, None])
+        labels.append(hue * len(FORMS) + form)
+    names = [f"{hue} {form}" for hue in HUES for form in FORMS]
+    return torch.cat(images).round().byte(), torch.cat(labels), names
+
 def main(arguments=None):
     """The command line: images to judge and real ones -> one line with the distance."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    parser.add_argument("a", help="images to judge: a folder, an .npz or cifar10")
+    parser.add_argument("a", help="images to judge: a folder, an .npz, cifar10 or shapes")
     parser.add_argument("b", help="real images: the same")
     parser.add_argument("--features", default="inception", help="or random, or TorchScript")
     parser.add_argument("--n", type=int, default=50_000, help="images of a to use")

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ect, fid, mcm, sample
-from fid import InputError, refuse
+from fid import RGB, InputError, refuse, shapes
 
 DEVICE = fid.DEVICE     # of everything: a GPU, if there is one
 
@@ -35,9 +35,8 @@ DEVICE = fid.DEVICE     # of everything: a GPU, if there is one
 # torchrun starts this program once for each GPU. Every process draws the whole batch and takes its
 # own rows of it, RANK, RANK + WORLD, ... So only rounding depends on how many processes there are.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ              # set by torchrun alone
-RANK, WORLD = 0, 1
-if LAUNCHED:
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 def join_processes():
     """Each process gets its GPU and can reach the others. Only the first one prints."""
@@ -137,18 +136,14 @@ def read_settings(parser, arguments):
     defaults = presets[settings.preset]
     if settings.data not in (None, settings.preset):
         defaults.update(init="none", classes=False)
-    if settings.width:
-        defaults["init"] = "none"
     for name, default in defaults.items():
         if isinstance(default, dict):           # by method
             default = default[settings.method]
         if getattr(settings, name) is None:
             setattr(settings, name, default)
     settings.steps = sorted(set(settings.steps))
-
-    # What does not go together.
-    if defaults["width"] != settings.width and settings.init != "none":
-        raise InputError("--width: the model of --init has its own; leave it out, or --init none")
+    if settings.width != defaults["width"] and settings.init != "none":
+        raise InputError("--width: the model of --init has its own; add --init none")
     if settings.method == "ect-segmented" and len(settings.steps) > 1:
         raise InputError("--method ect-segmented: needs a single number of --steps")
     if settings.guidance and not (settings.method == "mcd" and settings.classes):
@@ -310,8 +305,7 @@ class DDPMpp(nn.Module):
         angle = c_noise[:, None] * self.frequencies
         emb = torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype)
         if self.classes:
-            if labels is None:
-                labels = torch.full_like(c_noise, -1)
+            labels = torch.full_like(c_noise, -1) if labels is None else labels
             one_hot = labels[:, None] == torch.arange(self.classes, device=x.device)    # -1: zeros
             emb = emb + self.map_label(one_hot.to(x.dtype) * self.classes**0.5)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
@@ -375,40 +369,11 @@ def place(net, precision):
         net.dtype = torch.float16
     return net.to(DEVICE, memory_format=torch.channels_last)
 
-# ---- Data: uint8 images [n, 3, H, W], labels int64 [n], names of the classes ---------------------
-FORMS = ("disc", "square", "triangle")
-HUES = ("red", "green", "blue", "yellow", "purple")
-RGB = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220], [240, 200, 40], [170, 60, 190]])
-
-def shapes(n=20_000, size=32):
-    """Forms in five colours on soft grey -> images, labels, names: "red disc", "red square", ..."""
-    g = torch.Generator().manual_seed(0)
-    ramp = (torch.arange(size) + 0.5) / size * 2 - 1            # pixels, in [-1, 1]
-    images, labels = [], []
-    for form in (torch.arange(n) % len(FORMS)).split(1000):
-        radius, dx, dy, light, slope = torch.rand(5, len(form), 1, 1, generator=g)
-        radius = 0.4 + 0.2 * radius
-        x = ramp - (dx * 2 - 1) * (0.9 - radius)            # from the centre: [B, 1, W]
-        y = ramp[:, None] - (dy * 2 - 1) * (0.9 - radius)   # [B, H, 1]
-        # The distance to the edge of each shape, negative inside: [3, B, H, W] -> [B, H, W].
-        disc = x.hypot(y) - radius
-        square = torch.maximum(x.abs(), y.abs()) - 0.85 * radius
-        triangle = torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) - 0.6 * radius
-        edge = torch.stack([disc, square, triangle])[form, torch.arange(len(form))]
-        # The shape over its ground, with an edge that is soft by one pixel: [B, 3, H, W].
-        inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]
-        ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp[:, None]
-        hue = torch.randint(len(HUES), (len(form),), generator=g)
-        colour = RGB[hue][:, :, None, None]
-        images.append(inside * colour + (1 - inside) * ground[:, None])
-        labels.append(hue * len(FORMS) + form)
-    names = [f"{hue} {form}" for hue in HUES for form in FORMS]
-    return torch.cat(images).round().byte(), torch.cat(labels), names
-
+# ---- Data ----------------------------------------------------------------------------------------
 def load_data(settings):
     """--data -> a namespace: images, labels, class_names, name. Without --classes: -1 and []."""
     name = settings.data
-    images, labels, class_names = shapes() if name == "shapes" else fid.read_images(name)
+    images, labels, class_names = fid.read_images(name)
     images = fid.batch_of(images, torch.arange(len(images)))        # reads files
     n, _, height, width = images.shape
     if n < 8 or height != width or height % 16 or height == 0:
