@@ -25,7 +25,7 @@ import mcm
 # weights and use RAdam at a constant 1e-4, batch 128, dropout 0.2, c = 0, no flips.
 #   8,000 iterations      q = 256, one stage                     ema 0.9993   2.73 (one A100 hour)
 #   200,000 iterations    q = 2, 8 stages of 25,000 iterations   ema 0.9999   2.15
-# train_cifar.py --preset cifar10 is the first, in fp16 and with a rate that falls to 0.
+MID_SIGMA = 0.821       # the start of their second step: 80 -> x, then x + 0.821 eps -> x
 
 def draw_t(batch, p_mean=-1.1, p_std=2.0, generator=None, device=None):
     """t [B] > 0 with ln t ~ N(p_mean, p_std^2)."""
@@ -43,13 +43,6 @@ def segment_edges(steps, device=None):
     t = torch.arange(1, steps, device=device).double() / steps
     alpha, sigma = mcm.cosine(t)
     return (sigma / alpha).float()
-
-def sampling_sigmas(steps):
-    """The noise levels of N steps of sample.renoise, a list. The authors give the one of two steps:
-    80 -> x, then x + 0.821 eps -> x. For others we take equal distances in cosine's t. (Ours.)"""
-    if steps == 2:
-        return [80.0, 0.821]
-    return [80.0] + segment_edges(steps).flip(0).tolist()
 
 def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     """ECT's loss for data x, noise eps [B, ...], t [B] of draw_t and a stage -> [B]. edges None:

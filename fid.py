@@ -9,7 +9,6 @@ TensorFlow 1's resize, n = 50,000 and the unbiased covariance. With fewer images
 about 30 at n = 2,000, even between real images. This bias goes as 1/n + 1/N for n images against N.
 So beside a distance stands its floor, n real images against n others, whose bias goes as 2/n. A
 perfect model scores (1 + n/N) / 2 of it. (Fewer than 2 n real images: two halves, (1 + N/n) / 4.)
-
 Comments say by how much an error "moves features": the largest change (they reach 39).
 """
 import argparse, contextlib, pickle, zipfile, zlib
@@ -247,7 +246,6 @@ def batch_of(images, rows):
             raise InputError(f"{file} is {image.shape}, but {files[0]} is {batch[0].shape}")
     return torch.from_numpy(np.stack(batch[1:]))
 
-# ---- The built-in images: shapes -----------------------------------------------------------------
 FORMS = ("disc", "square", "triangle")
 HUES = ("red", "green", "blue", "yellow", "purple")
 RGB = torch.tensor([[230, 40, 50], [40, 170, 70], [40, 90, 220], [240, 200, 40], [170, 60, 190]])

@@ -106,8 +106,7 @@ def teacher_steps(i, start=64, end=1280, anneal=100_000):
 def draw_times(batch, student_steps, teacher_steps, generator=None, device=None, u=None):
     """The random times of Algorithm 1 -> t, s, t_step [B], with t_step <= s < t.
     student_steps: N, or int64 [B] where one network serves several N.
-    teacher_steps: T(i) > 0, a number. We round it to T = n N, with n >= 1 whole steps in each
-        segment. (In the paper T stays T(i), which N need not divide.)
+    teacher_steps: T(i) > 0, a number. We round it to T = n N, so that n is whole, n >= 1.
     u: [2, B] in [0, 1), in place of torch.rand."""
     if u is None:
         u = torch.rand(2, batch, generator=generator, device=device, dtype=torch.float32)
@@ -150,7 +149,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
 
         # (4) The reference's x at s, turned into a target for the x at t.
-        reference = f if f_ref is None else f_ref
+        reference = f_ref or f
         target = consistency_target(reference, z_s, z_t, t, s, t_step, schedule)
 
     # (5) The x at t, and its distance from the target.
@@ -185,8 +184,7 @@ def pseudo_huber(square, c):
 # ---- Networks ------------------------------------------------------------------------------------
 def make_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) -> x_hat from a denoiser: f(z, t) = D(z / alpha, sigma / alpha).
-    steps (N, or int64 [B]) and condition: see `conditioned`. D gets float32 or better: a network in
-    half precision casts its input itself."""
+    steps (N, or int64 [B]) and condition: see `conditioned`. D gets float32 or better."""
     D = conditioned(denoise, steps, **condition)
     def f(z, t):
         alpha, sigma = alpha_sigma(schedule, t, z)
@@ -203,8 +201,8 @@ def conditioned(denoise, steps=None, **condition):
 
 def segment_of(sigma, steps):
     """Which of the N segments of cosine's t holds the noise level sigma / alpha [B] -> int64 [B].
-    A level on an edge belongs to the segment below it. The 1e-4 (of a segment) allows for a level
-    that was rounded up. So a segment may have 10,000 teacher steps, but not more."""
+    A level on an edge belongs to the segment below, also if it was rounded up: by less than 1e-4 of
+    a segment. So a segment may have 10,000 teacher steps, but not more."""
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
     return (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1).long() - 1
 

@@ -98,8 +98,10 @@ def sample_batch(net, sampler, steps, noise, labels):
     if sampler == "heun":
         return heun(mcm.conditioned(net, labels=labels), noise[0], steps)
     if sampler == "renoise":
+        # ECT gives a level for two steps. For others we take equal distances in cosine's t. (Ours.)
+        later = [ect.MID_SIGMA] if steps == 2 else ect.segment_edges(steps).flip(0).tolist()
         D = mcm.conditioned(net, 1, labels=labels)              # trained as one segment
-        return renoise(D, noise[0], ect.sampling_sigmas(steps), noise[1:])
+        return renoise(D, noise[0], [mcm.SIGMA_MAX] + later, noise[1:])
     raise ValueError(f"sampler {sampler}: not multistep, ddim, heun or renoise")
 
 def generate(net, sampler, steps, numbers, labels, seed=0):

@@ -6,7 +6,6 @@
     torchrun --nproc-per-node 8 train_cifar.py --steps 2 # on eight GPUs
 
 A diffusion model D(x, sigma) is loaded or trained. Then a copy is tuned to few steps. An iteration:
-
     draw            images, noise, times, dropout seeds: functions of (seed, iteration), no state
     no gradient     the teacher's guess at t (mcd), then the network's own guess at the earlier time
     gradient        the network's guess at t, with the same dropout mask
@@ -71,8 +70,7 @@ def number(kind, low, high):
         return kind(text)
     return numeric
 
-COUNT = number(int, 0, 10**9)
-SIZE = number(float, 0, 1e6)
+COUNT, SIZE = number(int, 0, 10**9), number(float, 0, 1e6)
 SWITCH = argparse.BooleanOptionalAction
 SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segmented": "multistep",
             "diffusion": "heun"}            # of the methods
@@ -98,7 +96,7 @@ def add_settings(add):
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=SIZE)
     add("ema", 0.99, 0.9993, "decay of the averaged weights", type=number(float, 0, 1))
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
-    add("width", 32, 128, "channels", type=int, choices=(8, 16, *range(32, 1025, 32)))
+    add("width", 32, 128, "channels", type=int, choices=[8, 16] + list(range(32, 1025, 32)))
     add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
     # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for small rates. 1: nearly a square error.
     add("T", [8, 512], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
@@ -113,7 +111,6 @@ def add_settings(add):
     add("precision", "fp32", "fp16", "fp16 is for a GPU", choices=("fp16", "fp32"))
     add("compile", False, True, "torch.compile: takes minutes, pays on a GPU", action=SWITCH)
     add("seed", 0, 0, "of all that is random", type=number(int, 0, 2**32))
-    # The measurement.
     add("features", "random", "inception", "random, inception, a TorchScript file")
     add("fd_samples", 1000, 50_000, "images to measure", type=number(int, 10, 10**7))
 
@@ -164,8 +161,7 @@ def choose_preset(data):
         fid.read_images("cifar10")
         return "cifar10"
     except InputError as error:
-        print(f"preset shapes: minutes on a laptop, because {error}\n"
-              "preset cifar10: ECT's own settings, an hour on an A100")
+        print(f"preset shapes, because {error}; an hour on an A100: --preset cifar10")
         return "shapes"
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
@@ -369,25 +365,6 @@ def place(net, precision):
         net.dtype = torch.float16
     return net.to(DEVICE, memory_format=torch.channels_last)
 
-# ---- Data ----------------------------------------------------------------------------------------
-def load_data(settings):
-    """--data -> a namespace: images, labels, class_names, name. Without --classes: -1 and []."""
-    name = settings.data
-    images, labels, class_names = fid.read_images(name)
-    images = fid.batch_of(images, torch.arange(len(images)))        # reads files
-    n, _, height, width = images.shape
-    if n < 8 or height != width or height % 16 or height == 0:
-        raise InputError(f"--data {name}: needs 8 square images or more, of 16, 32, ... pixels")
-    if settings.classes and not class_names:
-        raise InputError(f"--classes: {name} has no classes, leave it out")
-    if name not in ("shapes", "cifar10"):           # two folders may have one name
-        content = images.numpy().tobytes() + labels.numpy().tobytes()
-        name = f"{Path(name).name}-{hashlib.sha256(content).hexdigest()[:6]}"
-    if not settings.classes:
-        labels, class_names = torch.full_like(labels, -1), []
-    return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), name=name,
-                           class_names=class_names)
-
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
 # EDM's files are pickles: programs that import names and call them. Our unpickler imports nothing.
 # Each name that they need stands for something harmless, and any other is refused. So a hostile
@@ -456,7 +433,6 @@ def draw(data, settings, method, step):
     kept = torch.rand(batch, **how) > 0.1
     labels = data.labels[index].where(kept, -1)
     drawn = dict(x=x, eps=eps, seed=seed, labels=labels)
-
     if method in ("mct", "mcd"):
         # The times of MCM's Algorithm 1, for an N of --steps.
         which = torch.randint(len(settings.steps), (batch,), **how)
@@ -525,8 +501,8 @@ def train(net, teacher, data, settings, method):
             if saved[name]:                     # the scaler has a state in fp16 only
                 part.load_state_dict(saved[name])
     print(f"{method}: {iters} iterations, {first} of them done")
-    losses, clock = [], time.perf_counter()             # since the last line of the log
     with ctrl_c() as asked:
+        losses, clock = [], time.perf_counter()         # since the last line of the log
         for step in range(first, iters):
             # Draw the batch. Forward and backward over this process' share of it.
             drawn = draw(data, settings, method, step)
@@ -598,7 +574,6 @@ def report(nets, data, settings, extractor):
     table += [("diffusion", "heun", 18, 35)]
     numbers = torch.arange(n).tensor_split(WORLD)[RANK]
     labels = data.labels[fid.shuffled(len(real))[numbers % len(real)]]      # of n real images
-    # A row of the table and a row of the picture for each.
     rows, pictures = [], []
     for method, sampler, steps, nfe in table:               # nfe: evaluations of the network
         start = time.perf_counter()
@@ -646,7 +621,25 @@ def main(arguments=None):
         nets[settings.method] = train(net, diffusion, data, settings, settings.method)
     report(nets, data, settings, extractor)
 
-# ---- Checkpoints and the folder of a run ---------------------------------------------------------
+# ---- What a run reads and writes: data, checkpoints, its folder ----------------------------------
+def load_data(settings):
+    """--data -> a namespace: images, labels, class_names, name. Without --classes: -1 and []."""
+    name = settings.data
+    images, labels, class_names = fid.read_images(name)
+    images = fid.batch_of(images, torch.arange(len(images)))        # reads files
+    n, _, height, width = images.shape
+    if n < 8 or height != width or height % 16 or height == 0:
+        raise InputError(f"--data {name}: needs 8 square images or more, of 16, 32, ... pixels")
+    if settings.classes and not class_names:
+        raise InputError(f"--classes: {name} has no classes, leave it out")
+    if name not in ("shapes", "cifar10"):           # two folders may have one name
+        content = images.numpy().tobytes() + labels.numpy().tobytes()
+        name = f"{Path(name).name}-{hashlib.sha256(content).hexdigest()[:6]}"
+    if not settings.classes:
+        labels, class_names = torch.full_like(labels, -1), []
+    return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), name=name,
+                           class_names=class_names)
+
 @contextlib.contextmanager
 def atomic(path):
     """`with atomic(path) as part:` write to part, which becomes `path` when it is whole."""
