@@ -70,5 +70,5 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.
     square = (difference**2).unsqueeze(-1).flatten(1).sum(1)
-    t_minus_r = (t - r).clamp(min=5e-8 * t)     # r may round to t: 0 / 0
+    t_minus_r = (t - r).clamp(min=5e-8 * t)     # r may round to t: 0 / 0. (float32 has 6e-8)
     return mcm.pseudo_huber(square, c) / t_minus_r

@@ -9,7 +9,7 @@ TensorFlow 1's resize, n = 50,000 and the unbiased covariance. With fewer images
 about 30 at n = 2,000, even between real images. This bias goes as 1/n + 1/N for n images against N.
 So beside a distance stands its floor, n real images against n others, whose bias goes as 2/n. A
 perfect model scores (1 + n/N) / 2 of it. (Fewer than 2 n real images: two halves, (1 + N/n) / 4.)
-Comments say by how much an error "moves features": the largest change (they reach 39).
+Comments say by how much an error "moves features": the largest change of any (they reach 39).
 """
 import argparse, contextlib, pickle, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +70,7 @@ def uncount_padding(branch_pool, inputs):
     return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0]), 3, stride=1, padding=1)
 
 class LastBlock(inception.InceptionE):
-    def forward(self, x):               # [N, 2048, H, W], the last 192 of them the pool's
+    def forward(self, x):       # x and the result [N, 2048, H, W]; the result's last 192: pool
         pooled = self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))
         return torch.cat([super().forward(x)[:, :-192], pooled], 1)
 

@@ -1,10 +1,10 @@
 """Multistep Consistency Models (Heek, Hoogeboom, Salimans, arXiv 2403.06807) in one file.
 
-A diffusion model's f guesses the average clean image, so its sampler, DDIM, takes many small steps,
-each with a new guess. A consistency model's f gives the x with which a single DDIM jump lands where
-all those steps would end. That is hard to learn. Between the two lies a dial: cut time into N
-segments, and let f jump to the lower edge of its own. N = 1 is a consistency model, N = infinity a
-diffusion model.
+A network f(z_t, t) guesses the clean x of a noisy z_t. A diffusion model guesses the average, so
+its sampler, DDIM, takes many small steps, each with a new guess. A consistency model guesses the x
+with which one DDIM step, a jump, ends where all of them would. That is hard to learn. Between the
+two lies a dial: cut time into N segments, and let f jump to the lower edge of t's own. N = 1 is a
+consistency model, N = infinity a diffusion model.
 
     t = 0               1/2             1
         |---+---+---+---|---+---+---+---|       N = 2 segments, n = 4 teacher steps in each, T = 8
@@ -130,14 +130,14 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     teacher(z, t)   distillation (MCD): it is made with the teacher's x. See also `guided`.
     f_ref           the reference. None: f itself. TRACT (2303.04248): an average of f.
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
-    f is called at s without gradient, then at t with. Dropout should have one mask for both calls.
+    f is called at s without gradient, at t with gradient. Dropout should have one mask for both.
     draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at each."""
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
     z_t = alpha_t * x + sigma_t * eps
     with torch.no_grad():
-        # (2) The x of the teacher step. A guided teacher has two: we step along the guided one, and
-        #     take the variance from the other.
+        # (2) The x of the teacher step. A guided teacher gives two: we step along the guided one,
+        #     and x_cond, without guidance, gives the variance.
         x_teacher = x if teacher is None else teacher(z_t, t)
         x_cond = x_teacher
         if isinstance(x_teacher, tuple):
@@ -149,8 +149,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
 
         # (4) The reference's x at s, turned into a target for the x at t.
-        reference = f_ref or f
-        target = consistency_target(reference, z_s, z_t, t, s, t_step, schedule)
+        target = consistency_target(f_ref or f, z_s, z_t, t, s, t_step, schedule)
 
     # (5) The x at t, and its distance from the target.
     return v_loss(f(z_t, t), target, z_t, t, schedule, huber_eps)
@@ -158,10 +157,10 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
 @torch.no_grad()
 def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     """The x whose jump from z_t lands where the reference's jump from z_s lands -> [B, ...].
-    Both jumps end at t_step. For s = t_step no jump is left, and the place is z_s. Without a
+    Both jumps end at t_step, and all times are [B]. For s = t_step no jump is left, and the place is z_s. Without a
     teacher the result is then x, the target of a diffusion model, eq. (8)."""
-    # Where no jump is left, x_ref is not used. It is computed at t there, because s may be 0, where
-    # f is undefined: a network takes the logarithm of the noise level.
+    # Where no jump is left, x_ref is not used. It is computed at t there, because edm's s may be 0,
+    # where f is undefined: a network takes the logarithm of the noise level.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -172,7 +171,7 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """The pseudo-Huber distance of two guesses of x [B, ...], measured in v-space -> [B].
     v = alpha eps - sigma x. With alpha^2 + sigma^2 = 1 it is (alpha z_t - x) / sigma, and so
     dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. This holds for any schedule.
-    The mean over elements, where the paper has a sum: huber_eps is an error per element."""
+    A mean, where the paper has a sum: the same huber_eps is root(elements) times as large here."""
     alpha, sigma = alpha_sigma(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
     return pseudo_huber(mean_per_sample(v_difference**2), huber_eps)
@@ -201,8 +200,8 @@ def conditioned(denoise, steps=None, **condition):
 
 def segment_of(sigma, steps):
     """Which of the N segments of cosine's t holds the noise level sigma / alpha [B] -> int64 [B].
-    A level on an edge belongs to the segment below, also if it was rounded up: by less than 1e-4 of
-    a segment. So a segment may have 10,000 teacher steps, but not more."""
+    A level on an edge belongs to the segment below, even if rounding puts it above the edge, by up
+    to 1e-4 of a segment. So a segment must have fewer than 10,000 teacher steps."""
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
     return (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1).long() - 1
 

@@ -6,7 +6,7 @@
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
 Noise and images are [B, ...], images on the scale of [-1, 1], not clipped. A sampler's state is
-float64, because float32 errors add up at sigma = 80. f and result have the noise's dtype.
+float64: float32 errors add up at sigma = 80. What f gets and the result have the noise's dtype.
 
     python sample.py --steps 2                               # a model that comes with the code
     python sample.py --steps 2 --prompt "green square"       # the same, told what to draw
@@ -23,11 +23,11 @@ from torchvision.utils import save_image
 
 import ect, mcm
 
-def guess(network, x, t, dtype):
-    """f(x, t) or D(x, sigma) at one time for all: x in `dtype`, t float32 or better -> float64."""
+def guess(network, z, t, dtype):
+    """f(z, t) or D(z, sigma), all at one time t: z in `dtype`, t float32 or better -> float64."""
     time_dtype = torch.promote_types(dtype, torch.float32)
-    times = torch.full((len(x),), float(t), dtype=time_dtype, device=x.device)
-    return network(x.to(dtype), times).double()
+    times = torch.full((len(z),), float(t), dtype=time_dtype, device=z.device)
+    return network(z.to(dtype), times).double()
 
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):

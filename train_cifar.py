@@ -70,43 +70,43 @@ def number(kind, low, high):
         return kind(text)
     return numeric
 
-COUNT, SIZE = number(int, 0, 10**9), number(float, 0, 1e6)
+COUNT, REAL = number(int, 0, 10**9), number(float, 0, 1e6)
 SWITCH = argparse.BooleanOptionalAction
 SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segmented": "multistep",
-            "diffusion": "heun"}            # of the methods
+            "diffusion": "heun"}            # by method
 
 def add_settings(add):
     """Calls add(name, value in preset shapes, in cifar10, help, how argparse reads it).
-    "cifar10" has the settings of ECT's A100 hour, which have a published number, and MCM's T and
-    huber_eps. "shapes" is small and short. Errors add up over the teacher steps, so it has fewer
-    (T; for ECT, a smaller q^stages). Its other settings were found by trying, see the README."""
+    "cifar10" is ECT's A100 hour, which has a published number (but --lr falls), with MCM's T.
+    "shapes" is small and short. Errors add up over the teacher steps, so it has fewer (T; for ECT,
+    a smaller q^stages). Its other settings were found by trying, see the README."""
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
-    add("method", "mct", "ect", "diffusion: trains --init further; new --seed", choices=SAMPLERS)
+    add("method", "mct", "ect", "diffusion: trains --init further (new --seed)", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
     add("init", "shapes", "edm", "EDM's .pkl or our .pt; none: train one first")
     add("classes", True, False, "class labels (captions of shapes) for the network", action=SWITCH)
-    add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=SIZE)
+    add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=REAL)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1.
     add("iters", 600, 8_000, "iterations of tuning", type=COUNT)
     add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=COUNT)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     rates = {"mct": 6e-4, "mcd": 6e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": None}
-    add("lr", rates, 1e-4, "learning rate of tuning, falls linearly to 0", type=SIZE)
-    add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=SIZE)
+    add("lr", rates, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
+    add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=REAL)
     add("ema", 0.99, 0.9993, "decay of the averaged weights", type=number(float, 0, 1))
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     add("width", 32, 128, "channels", type=int, choices=[8, 16] + list(range(32, 1025, 32)))
     add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
-    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for small rates. 1: nearly a square error.
+    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for a small --lr. 1: nearly a square error.
     add("T", [8, 512], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
-    add("huber_eps", 1e-4, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=SIZE)
+    add("huber_eps", 1e-4, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2), in diffusion too.
     add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1.001, 1e6))
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
     add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=number(float, -20, 20))
-    add("p_std", 1.8, 2.0, "their standard deviation of ln t", type=SIZE)
-    add("c", 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image", type=SIZE)
+    add("p_std", 1.8, 2.0, "the same: its standard deviation", type=REAL)
+    add("c", 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image", type=REAL)
     # The machine. bf16 is not offered: where t - r is small, its gradients are too coarse.
     add("precision", "fp32", "fp16", "fp16 is for a GPU", choices=("fp16", "fp32"))
     add("compile", False, True, "torch.compile: takes minutes, pays on a GPU", action=SWITCH)
@@ -150,7 +150,7 @@ def read_settings(parser, arguments):
     return settings
 
 def choose_preset(data):
-    """The preset where none is given. Only a single process without --data may fall back."""
+    """The preset where none is given. Without --data, a single process tries the downloads."""
     if data is not None or LAUNCHED:
         return "cifar10" if data in (None, "cifar10") and DEVICE.type == "cuda" else "shapes"
     try:
@@ -361,6 +361,7 @@ def extended(net, classes, **more):
 
 def place(net, precision):
     """A UNet on DEVICE, in channels last. Only on a GPU, and for "fp16", in half precision."""
+    net.dtype = torch.float32
     if precision == "fp16" and DEVICE.type == "cuda":
         net.dtype = torch.float16
     return net.to(DEVICE, memory_format=torch.channels_last)
@@ -417,11 +418,11 @@ def load_edm(path):
             classes=its["label_dim"], resolution=its["img_resolution"])
 
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
-def draw(data, settings, method, step):
-    """What iteration `step` draws -> a dict of [batch, ...], a function of seed and step, no state.
+def draw(data, settings, method, i):
+    """What iteration i draws -> a dict of [batch, ...], a function of (seed, i), without any state.
     So a run that was killed goes on with the very batches that it would have drawn."""
     device, batch = data.images.device, settings.batch
-    entropy = np.random.SeedSequence([settings.seed, int(method != "diffusion"), step])
+    entropy = np.random.SeedSequence([settings.seed, int(method != "diffusion"), i])
     bits = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # 63 of them
     how = dict(generator=torch.Generator(device).manual_seed(bits), device=device)
     # Images, noise and the seeds of the dropout masks.
@@ -437,13 +438,13 @@ def draw(data, settings, method, step):
         # The times of MCM's Algorithm 1, for an N of --steps.
         which = torch.randint(len(settings.steps), (batch,), **how)
         N = torch.tensor(settings.steps).to(device, non_blocking=True)[which]   # the host goes on
-        T = mcm.teacher_steps(step, *settings.T, anneal=settings.iters / 2)
+        T = mcm.teacher_steps(i, *settings.T, anneal=settings.iters / 2)
         t, s, t_step = mcm.draw_times(batch, N, T, **how)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
     else:
         # A noise level, as EDM and ECT draw it, and ECT's stage: 0, 1, 2, ...
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
-        stage = step * settings.stages // max(settings.iters, 1)
+        stage = i * settings.stages // max(settings.iters, 1)
         drawn["stage"] = torch.full((batch,), stage, device=device)
     return drawn
 
@@ -503,9 +504,9 @@ def train(net, teacher, data, settings, method):
     print(f"{method}: {iters} iterations, {first} of them done")
     with ctrl_c() as asked:
         losses, clock = [], time.perf_counter()         # since the last line of the log
-        for step in range(first, iters):
+        for i in range(first, iters):
             # Draw the batch. Forward and backward over this process' share of it.
-            drawn = draw(data, settings, method, step)
+            drawn = draw(data, settings, method, i)
             share = {name: value[RANK::WORLD] for name, value in drawn.items()}
             loss = loss_of(net, teacher, settings, method, **share).sum() / settings.batch
             gradient.zero_()
@@ -514,20 +515,20 @@ def train(net, teacher, data, settings, method):
             losses.append(loss.detach())
 
             # Update the weights. In fp16, an iteration that overflows is skipped.
-            optimizer.param_groups[0]["lr"] = peak_lr * (1 - step / iters)
+            optimizer.param_groups[0]["lr"] = peak_lr * (1 - i / iters)
             scaler.step(optimizer)
             scaler.update()
 
             # Update their average: the mean of all weights so far, until its decay reaches --ema.
-            decay = min(settings.ema, step / (1 + step))
+            decay = min(settings.ema, i / (1 + i))
             update_average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-            update_average(list(ema.parameters()), weights, step)
+            update_average(list(ema.parameters()), weights, i)
 
             # Log. Only here, in saving and, in fp16, in scaler.step does the host wait for the GPU.
-            done = step + 1
-            if step == first:
-                clock = time.perf_counter()             # what compiling took is not counted
-            if done % 100 == 0 or done == iters:
+            done = i + 1
+            if i == first:
+                losses, clock = [], time.perf_counter()         # compiling is not counted
+            elif done % 100 == 0 or done == iters:
                 loss = add_up(torch.stack(losses).mean()).item()
                 speed = len(losses) * settings.batch / (time.perf_counter() - clock)
                 left = f"{(iters - done) * settings.batch / speed / 60:.1f} min left"
