@@ -659,7 +659,6 @@ def test_whatever_pillow_raises_names_the_file(monkeypatch):
 
 def test_a_bad_download_is_named_with_its_address_and_not_kept(monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "cache")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")      # for the processes of torchrun
     source, right = Path("file.pth").absolute(), hashlib.sha256(b"weights").hexdigest()
     source.write_bytes(b"weig")
     with pytest.raises(InputError, match=f"file.pth.*{source.as_uri()}"):
