@@ -986,15 +986,15 @@ def test_the_labels_of_the_shapes_are_what_a_judge_sees():
     images, labels, names = fid.shapes(300)
     assert judge(images).eq(labels).float().mean() > 0.98
 
-@parametrize("steps", [2, 8])
-def test_the_model_that_comes_with_the_code_draws_what_it_is_told(steps):
-    """Nearly always in colour. The form is right in 2 of 3, after a short training (chance: 1)."""
+@parametrize("steps, least", [(2, 0.8), (8, 0.93)])
+def test_the_model_that_comes_with_the_code_draws_what_it_is_told(steps, least):
+    """In 2 and in 8 steps, colour and form are right in 91% and 97% of 500. (By chance: 7%.)"""
     net = train_cifar.load_network(train_cifar.load_checkpoint(HERE / "assets/dial.pt"))
     told = torch.arange(150) % 15
     seen = judge(sample.generate(net, "multistep", steps, torch.arange(150), told))
-    assert (seen // 3 == told // 3).float().mean() > 0.95
-    assert (seen % 3 == told % 3).float().mean() > 0.55
-    print(f"{steps} steps: colour and form right in {(seen == told).float().mean():.0%} of 150")
+    right = (seen == told).float().mean()
+    print(f"{steps} steps: colour and form right in {right:.0%} of 150")
+    assert right > least
 
 # ---- The README ----------------------------------------------------------------------------------
 # What it shows runs. Loops of hundreds are cut short, and of the commands it is read what they ask.
