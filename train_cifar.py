@@ -91,7 +91,7 @@ def add_settings(add):
     add("iters", 500, 8_000, "iterations of tuning", type=COUNT)
     add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=COUNT)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
-    rates = {"mct": 6e-4, "mcd": 6e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": None}
+    rates = {"mct": 8e-4, "mcd": 8e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": None}
     add("lr", rates, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=REAL)
     add("ema", 0.98, 0.9993, "decay of the averaged weights", type=number(float, 0, 1))
@@ -99,8 +99,8 @@ def add_settings(add):
     add("width", 32, 128, "channels", type=int, choices=[8, 16] + list(range(32, 1025, 32)))
     add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
     # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for a small --lr. 1: nearly a square error.
-    add("T", [8, 512], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
-    add("huber_eps", 1e-4, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
+    add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
+    add("huber_eps", 2e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2), in diffusion too.
     add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1.001, 1e6))
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
