@@ -303,6 +303,17 @@ def test_ddim_keeps_of_gaussian_data_what_its_closed_form_says():
     made = sample.multistep(gaussian, z, sigmas.tolist(), edm)
     close(made, kept.prod() * z)
 
+def test_of_a_samplers_steps_only_the_result_is_rounded():
+    """Its state is float64. Here x is 0, so each step only shrinks the noise."""
+    def black(z, t):
+        return 0 * z
+    z = randn(100).float()
+    assert sample.multistep(black, z, 100).equal(sample.multistep(black, z.double(), 100).float())
+
+def test_the_variance_that_addim_puts_back_is_the_papers():
+    """Algorithm 3: 0.1 / (2 + SNR)."""
+    close(sample.paper_x_var(torch.tensor(3.0), torch.tensor([1.0, 3.0])), [0.1 / 11, 0.1 / 3])
+
 def test_addim_keeps_a_small_variance_ten_times_better_than_ddim():
     """With the exact posterior variance, of Gaussian data of variance 1e-4."""
     def posterior(alpha, sigma):
