@@ -391,6 +391,13 @@ def test_an_image_depends_on_its_seed_and_number_alone():
     assert generated([3], seed=1).ne(images[3]).any()
     assert len(images.unique(dim=0)) == 60
 
+def test_an_image_that_is_too_bright_is_white_and_not_black():
+    """255 is the largest byte. Here x is 80 times the noise, so half of it is too bright."""
+    net = Recorder()
+    net.weight.data.fill_(1)
+    images = sample.generate(net, "ddim", 1, torch.arange(9), torch.zeros(9))
+    close(images.eq(255).float().mean(), 0.5, atol=0.1)
+
 @each_sampler
 def test_each_image_is_made_with_its_own_label(sampler):
     told = torch.arange(60) == 55
