@@ -880,6 +880,20 @@ def test_ctrl_c_does_what_it_did_before():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
 
+def test_a_file_is_replaced_only_by_a_whole_one(folder):
+    path = Path("model.pt")
+    with train_cifar.atomic(path) as part:
+        part.write_text("first")
+    with pytest.raises(MemoryError), train_cifar.atomic(path) as part:
+        part.write_text("half")
+        raise MemoryError
+    assert path.read_text() == "first"
+
+def test_a_file_that_is_whole_leaves_no_part_of_it(folder):
+    with train_cifar.atomic(Path("model.pt")) as part:
+        part.write_text("first")
+    assert not part.exists()
+
 def test_a_mistake_in_the_code_keeps_its_traceback(folder, monkeypatch):
     """Only what the user can mend is said in one line."""
     monkeypatch.setattr(train_cifar.UNet, "__init__", Mock(side_effect=NameError))
