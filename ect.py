@@ -14,8 +14,8 @@ segments as in MCM: the two papers combined. (Ours.)
 
     t, r [B]    noise levels, 0 <= r < t
     stage       how far the curriculum is: 0, 1, 2, ..., a number or [B]
-    q, k, b     each stage divides t - r by q (2 or 256); k, b = 8, 1: n in t_to_r falls from 5 to 1
-    c           rounds the norm near 0 (pseudo-Huber), in units of a whole image; 0 in the paper
+    q, k, b     each stage divides t - r by q (2 or 256). k, b = 8, 1: n in t_to_r falls from 5 to 1
+    c           rounds the norm near 0 (pseudo-Huber), in units of a whole image. The paper: 0
 """
 import torch
 

@@ -157,8 +157,8 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
 @torch.no_grad()
 def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     """The x whose jump from z_t lands where the reference's jump from z_s lands -> [B, ...].
-    Both jumps end at t_step, and all times are [B]. For s = t_step no jump is left, and the place is z_s. Without a
-    teacher the result is then x, the target of a diffusion model, eq. (8)."""
+    Both jumps end at t_step, and all times are [B]. Where s = t_step no jump is left, and the place
+    is z_s. Without a teacher the result is then x, a diffusion model's target, eq. (8)."""
     # Where no jump is left, x_ref is not used. It is computed at t there, because edm's s may be 0,
     # where f is undefined: a network takes the logarithm of the noise level.
     no_jump_left = s <= t_step

@@ -1,6 +1,6 @@
 """Samplers: plain functions of a network and noise. And a command, from a checkpoint to images.
 
-    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments; DDIM
+    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments, or DDIM
     addim       f(z, t)       MCM Algorithm 3: DDIM that keeps the variance of the images
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ect, fid, mcm, sample
-from fid import RGB, InputError, refuse, shapes
+from fid import InputError, refuse
 
 DEVICE = fid.DEVICE     # of everything: a GPU, if there is one
 
@@ -98,7 +98,7 @@ def add_settings(add):
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     add("width", 32, 128, "channels", type=int, choices=[8, 16] + list(range(32, 1025, 32)))
     add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
-    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for a small --lr. 1: nearly a square error.
+    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for a small --lr. 1: nearly a square.
     add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
     add("huber_eps", 2e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2), in diffusion too.
@@ -353,7 +353,7 @@ class UNet(nn.Module):
         return c_skip * x + c_out * raw
 
 def extended(net, classes, **more):
-    """A copy of a UNet, with embeddings that it lacks. They are zero, so they change nothing yet."""
+    """A copy of a UNet, with embeddings that it lacks: zeros, so they change nothing yet."""
     arguments = {**net.arguments, "classes": net.model.classes or classes, **more}
     copied = UNet(**arguments)
     copied.load_state_dict({**copied.state_dict(), **net.state_dict()})
