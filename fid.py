@@ -200,7 +200,7 @@ def read_images(source):
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
             raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
-        files = list(files_below(path, set()))
+        files = list(files_below(path, set())) if path.is_dir() else []
         kinds = Image.registered_extensions()
         images = [file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN]
         if not images:
@@ -212,14 +212,14 @@ def read_images(source):
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
     # Labels, names or numbers, become 0, 1, 2, ... in sorted order. One class is no class.
     classes, labels = np.unique(labels, return_inverse=True)
-    names = [str(name) for name in classes] if len(classes) > 1 else []
+    names = [str(name) for name in classes if len(classes) > 1]
     return images, torch.from_numpy(labels), names
 
 def files_below(folder, seen):
     """Yields the files in a folder and below, sorted: through links, but none that is hidden.
     seen: a set of the folders that were read, so that a link cannot lead in a circle."""
     seen.add(folder.resolve())
-    for path in sorted(folder.glob("*")):               # none, if there is no such folder
+    for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "__MACOSX":
             continue
         if not path.is_dir():

@@ -81,7 +81,7 @@ def add_settings(add):
     "shapes" is small and short. Errors add up over the teacher steps, so it has fewer (T; for ECT,
     a smaller q^stages). Its other settings were found by trying, see the README."""
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
-    add("method", "mct", "ect", "diffusion: trains --init further (new --seed)", choices=SAMPLERS)
+    add("method", "mct", "ect", "diffusion: --init trained for --pretrain-iters", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
     add("init", "shapes", "edm", "EDM's .pkl or our .pt; none: train one first")
     add("classes", True, False, "class labels (captions of shapes) for the network", action=SWITCH)
@@ -587,7 +587,7 @@ def report(nets, data, settings, extractor):
         pictures.append(share[:10])
     if RANK == 0:
         Path(settings.out, "result.json").write_text(json.dumps(rows, indent=1))
-        sample.save_grid(torch.cat(pictures), Path(settings.out, "dial.png"), columns=10)
+        sample.save_grid(torch.cat(pictures), Path(settings.out, "dial.png"), len(pictures[0]))
     print(f"pictures, a row for each line: {str(Path(settings.out, 'dial.png'))!a}")
 
 # ---- All of it -----------------------------------------------------------------------------------
