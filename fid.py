@@ -42,7 +42,16 @@ def refuse(message, kinds=DAMAGED):
     try:
         yield
     except kinds as error:
-        raise InputError(" ".join(f"{message} ({error})".split())) from error       # in one line
+        raise InputError(f"{message} ({error})") from error
+
+@contextlib.contextmanager
+def usage_errors(parser):
+    """`with usage_errors(parser):` around all that a user can get wrong. One line says what it is,
+    and the program ends with code 2. Any other error is ours and keeps its traceback."""
+    try:
+        yield
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        parser.error(" ".join(str(error).split()))
 
 def download(url, sha256):
     """The path of url's file in torch's cache, where it is downloaded if it is not there."""
@@ -139,12 +148,11 @@ def load_extractor(features, example):
         extractor(example)
     return extractor
 
-def features_of(images, extractor, rows=None):
-    """Images, as read_images gives them, and which of them (None: all) -> [n, d]."""
-    if rows is None:
-        rows = torch.arange(len(images))
-    batches = rows.split(250 if DEVICE.type == "cuda" else 16)              # what is fast
-    return torch.cat([extractor(batch_of(images, batch)) for batch in batches])
+def features_of(images, extractor):
+    """Images, as read_images gives them -> [n, d]. Only one batch of files is in memory."""
+    size = 250 if DEVICE.type == "cuda" else 16         # what is fast
+    batches = [images[i:i + size] for i in range(0, len(images), size)]
+    return torch.cat([extractor(batch_of(batch)) for batch in batches])
 
 # ---- Statistics and distance ---------------------------------------------------------------------
 def moments(features):
@@ -183,8 +191,8 @@ def metric_name(features, n):
 # ---- Images --------------------------------------------------------------------------------------
 def read_images(source):
     """A folder, an .npz, "cifar10" or "shapes" -> images, labels int64 [n], class names.
-    The images are uint8 [n, 3, H, W], or the paths of n files, which may not all fit into memory:
-    see batch_of. The label of a file is its folder. InputError for what cannot be read."""
+    The images are uint8 [n, 3, H, W], or an array of n paths: files may not all fit into memory, so
+    batch_of reads them, a slice at a time. InputError for what cannot be read."""
     path = Path(source)
     if source == "shapes":
         return shapes()
@@ -200,32 +208,32 @@ def read_images(source):
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
             raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
-        files = list(files_below(path, set())) if path.is_dir() else []
+        # The files that Pillow can open, by their endings. The label of each is its folder.
         kinds = Image.registered_extensions()
-        images = [file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN]
-        if not images:
+        files = [file for file in files_below(path, set())
+                 if kinds.get(file.suffix.lower()) in Image.OPEN]
+        if not files:
             raise InputError(f"{path}: no folder with images, no .npz, not cifar10 or shapes")
-        if len(images) < len(files):
-            print(f"{source!a}: {len(files) - len(images)} files are no images")
-        labels = [file.relative_to(path).parent.as_posix() for file in images]
-    if isinstance(images, np.ndarray):
+        images = np.array(files)
+        labels = [file.relative_to(path).parent.as_posix() for file in files]
+
+    if images.dtype == np.uint8:            # pixels, not paths
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
     # Labels, names or numbers, become 0, 1, 2, ... in sorted order. One class is no class.
     classes, labels = np.unique(labels, return_inverse=True)
     names = [str(name) for name in classes if len(classes) > 1]
     return images, torch.from_numpy(labels), names
 
-def files_below(folder, seen):
-    """Yields the files in a folder and below, sorted: through links, but none that is hidden.
-    seen: a set of the folders that were read, so that a link cannot lead in a circle."""
-    seen.add(folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == "__MACOSX":
-            continue
-        if not path.is_dir():
-            yield path
-        elif path.resolve() not in seen:
-            yield from files_below(path, seen)
+def files_below(path, seen):
+    """Yields the files of a folder and of those in it, sorted, but none that is hidden.
+    Links are followed. seen: a set of the folders that were read, so no link leads in a circle."""
+    if not path.is_dir():
+        yield path
+    elif path.resolve() not in seen:
+        seen.add(path.resolve())
+        for inner in sorted(path.iterdir()):
+            if not inner.name.startswith((".", "__MACOSX")):
+                yield from files_below(inner, seen)
 
 def decode(file):
     """An image's path -> uint8 [3, H, W]. Over a damaged file Pillow raises whatever it likes."""
@@ -234,17 +242,16 @@ def decode(file):
             raise ValueError("more than 8 bits a channel")
         return np.array(image.convert("RGB")).transpose(2, 0, 1)
 
-def batch_of(images, rows):
-    """Images of read_images, and which of them -> uint8 [B, 3, H, W]. Files are decoded here."""
+def batch_of(images):
+    """A slice of read_images' images -> uint8 [B, 3, H, W]. Files are decoded here."""
     if torch.is_tensor(images):
-        return images[rows]
-    files = [images[row] for row in [0, *rows.tolist()]]
+        return images
     with ThreadPoolExecutor(4) as pool:
-        batch = list(pool.map(decode, files))
-    for file, image in zip(files, batch):               # all must be as the very first is
+        batch = list(pool.map(decode, images))
+    for file, image in zip(images, batch):
         if image.shape != batch[0].shape:
-            raise InputError(f"{file} is {image.shape}, but {files[0]} is {batch[0].shape}")
-    return torch.from_numpy(np.stack(batch[1:]))
+            raise InputError(f"{file} is {image.shape}, but {images[0]} is {batch[0].shape}")
+    return torch.from_numpy(np.stack(batch))
 
 FORMS = ("disc", "square", "triangle")
 HUES = ("red", "green", "blue", "yellow", "purple")
@@ -277,28 +284,26 @@ def shapes(n=20_000, size=32):
 
 def main(arguments=None):
     """The command line: images to judge and real ones -> one line with the distance."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.add_argument("a", help="images to judge: a folder, an .npz, cifar10 or shapes")
     parser.add_argument("b", help="real images: the same")
     parser.add_argument("--features", default="inception", help="or random, or TorchScript")
     parser.add_argument("--n", type=int, default=50_000, help="images of a to use")
     args = parser.parse_args(arguments)
-    try:
+    with usage_errors(parser):
         images, real_images = read_images(args.a)[0], read_images(args.b)[0]
         n = min(args.n, len(images))
         if n < 2 or len(real_images) < 4:
             raise InputError(f"--n {args.n}: needs 2 images or more in {args.a}, 4 in {args.b}")
-        first, first_real = [batch_of(x, torch.arange(2)) for x in (images, real_images)]
-        if args.features != "inception" and first.shape != first_real.shape:
+        example = batch_of(images[:2])
+        if args.features != "inception" and example.shape != batch_of(real_images[:2]).shape:
             raise InputError(f"{args.a} and {args.b} have images of different sizes")
-        extractor = load_extractor(args.features, first)
+        extractor = load_extractor(args.features, example)
 
         # Of the images to judge, n are drawn, always the same.
-        made = features_of(images, extractor, shuffled(len(images))[:n])
-        real = features_of(real_images, extractor)
+        drawn = images[shuffled(len(images))[:n].numpy()]
+        made, real = features_of(drawn, extractor), features_of(real_images, extractor)
         distance, floor = distance_of(made, real), floor_of(real, n)
-    except (InputError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     # In ASCII (!a), because a terminal may lack a letter.
     print(f"{metric_name(args.features, n)} {distance:.4f}, floor {floor:.4f}, real {args.b!a}")
 

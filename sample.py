@@ -68,12 +68,13 @@ def renoise(denoise, latents, sigmas, noise=None):
     return x.to(latents.dtype)
 
 @torch.no_grad()
-def heun(denoise, latents, steps, sigma_min=mcm.SIGMA_MIN, sigma_max=mcm.SIGMA_MAX, rho=7):
+def heun(denoise, latents, steps):
     """EDM Algorithm 1: latents ~ N(0, 1) [B, ...] -> x [B, ...]."""
-    # (1) Noise levels t_0 > ... > t_n = 0, evenly spaced in sigma^(1 / rho).
+    # (1) Noise levels 80 = t_0 > ... > t_(n-1) = 0.002 and t_n = 0. They are evenly spaced in
+    #     sigma^(1 / rho), with EDM's rho = 7: most of them are small, where the paths bend.
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = ((high + ramp * (low - high)) ** rho).tolist() + [0.0]
+    low, high = mcm.SIGMA_MIN ** (1 / 7), mcm.SIGMA_MAX ** (1 / 7)
+    sigmas = ((high + ramp * (low - high)) ** 7).tolist() + [0.0]
     x = latents.double() * sigmas[0]
     for t, t_next in pairwise(sigmas):
         # (2) An Euler step along the slope dx/dsigma at t.
@@ -123,41 +124,38 @@ def generate(net, sampler, steps, numbers, labels, seed=0):
 
 def save_grid(images, path, columns):
     """uint8 [B, 3, H, W] -> a PNG, each pixel as 2x2."""
-    twice = F.interpolate(images / 255, scale_factor=2)
-    save_image(twice, path, nrow=columns, pad_value=1.0)
+    save_image(F.interpolate(images / 255, scale_factor=2), path, nrow=columns, pad_value=1.0)
 
 def main(arguments=None):
     """The command line: a checkpoint of train_cifar.py -> a .png grid, or an .npz."""
-    import train_cifar                      # here, because train_cifar imports this file
-    from train_cifar import InputError, number
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    import fid, train_cifar                 # here, because train_cifar imports this file
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt", help="of a run")
-    add("--steps", type=number(int, 1, 1000), help="default: the most that the model is for")
-    add("--n", type=number(int, 1, 10**7), default=64, help="how many images")
+    add("--steps", type=train_cifar.COUNT, help="default: the most that the model is for")
+    add("--n", type=train_cifar.COUNT, default=64, help="how many images")
     add("--prompt", help="draw this class; default: all in turn")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
-    add("--seed", type=number(int, 0, 2**32), default=0)
+    add("--seed", type=train_cifar.WHOLE, default=0)
     args = parser.parse_args(arguments)
 
-    try:
+    with fid.usage_errors(parser):
         if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
-            raise InputError(f"--out {args.out}: needs a .png or .npz in an existing folder")
+            raise fid.InputError(f"--out {args.out}: needs a .png or .npz in an existing folder")
         state = train_cifar.load_checkpoint(args.checkpoint)
         names, own_steps = state["class_names"], state["steps"]
         sampler = train_cifar.SAMPLERS[state["method"]]
         # "multistep" works only in the numbers of steps that the network was trained for.
         steps = args.steps or max(own_steps)
         if sampler == "multistep" and steps not in own_steps:
-            raise InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
-        if args.prompt is not None and args.prompt not in names:
-            raise InputError(f"--prompt {args.prompt}: the model knows {names or 'no classes'}")
-    except (InputError, OSError) as error:
-        parser.error(str(error))
+            raise fid.InputError(f"--steps {steps}: {args.checkpoint} is tuned for {own_steps}")
+        if args.prompt and args.prompt not in names:
+            raise fid.InputError(f"--prompt {args.prompt}: the classes are {names}")
 
     numbers = torch.arange(args.n)
+    # All classes in turn, the prompt alone, or -1, for none.
     labels = numbers % len(names) if names else torch.full_like(numbers, -1)
-    if args.prompt is not None:
+    if args.prompt:
         labels[:] = names.index(args.prompt)
     net = train_cifar.load_network(state)
     images = generate(net, sampler, steps, numbers, labels, args.seed)

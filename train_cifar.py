@@ -14,7 +14,7 @@ A diffusion model D(x, sigma) is loaded or trained. Then a copy is tuned to few 
     average         ema <- ema + (1 - decay) (net - ema): the weights that are sampled
     log, save       every 100 and every 500 iterations
 """
-import argparse, contextlib, copy, datetime, hashlib, io, json, math, os, pickle, signal, sys
+import argparse, contextlib, copy, hashlib, io, json, os, pickle, signal, sys
 import tempfile, threading, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,21 +32,23 @@ DEVICE = fid.DEVICE     # of everything: a GPU, if there is one
 
 # ---- Several processes ---------------------------------------------------------------------------
 # torchrun starts this program once for each GPU. Every process draws the whole batch and takes its
-# own rows of it, RANK, RANK + WORLD, ... So only rounding depends on how many processes there are.
+# own rows of it, RANK, RANK + WORLD, ... The gradients of all are added up before each update. So
+# the weights are the same everywhere, and only rounding depends on how many processes there are.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ              # set by torchrun alone
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 def join_processes():
-    """Each process gets its GPU and can reach the others. Only the first one prints."""
+    """Each process gets its GPU and can reach the others. Only the first one prints. The others
+    wait in here until it has downloaded and read everything, or all would download at once."""
     backend = "gloo"
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    dist.init_process_group(backend)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-        add_up(torch.zeros(1))                  # waits until the first one has downloaded
+        add_up(torch.zeros(1))
 
 def add_up(tensor):
     """The sum of a tensor over all processes, in place. It waits until all of them are here."""
@@ -55,31 +57,40 @@ def add_up(tensor):
     return tensor
 
 def gather(share):
-    """The tensors of all processes, one after the other, on the CPU."""
-    shares = [share.cpu()] * WORLD
+    """The tensors of all processes, on the CPU, one after the other."""
+    shares = [share] * WORLD
     if LAUNCHED:
-        dist.all_gather_object(shares, share.cpu())
+        dist.all_gather_object(shares, share)
     return torch.cat(shares)
 
 # ---- Settings ------------------------------------------------------------------------------------
-def number(kind, low, high):
+def number(kind, low, high=2**32):
     """A type for argparse: an int or a float from low to high."""
     def numeric(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
     return numeric
 
-COUNT, REAL = number(int, 0, 10**9), number(float, 0, 1e6)
+COUNT, WHOLE = number(int, 1), number(int, 0)
+REAL, FRACTION = number(float, 0), number(float, 0, 0.999999)
 SWITCH = argparse.BooleanOptionalAction
 SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segmented": "multistep",
             "diffusion": "heun"}            # by method
 
-def add_settings(add):
-    """Calls add(name, value in preset shapes, in cifar10, help, how argparse reads it).
+def add_settings(parser):
+    """Adds an argument for each setting -> its values in the presets, {preset: {name: value}}.
     "cifar10" is ECT's A100 hour, which has a published number (but --lr falls), with MCM's T.
     "shapes" is small and short. Errors add up over the teacher steps, so it has fewer (T; for ECT,
     a smaller q^stages). Its other settings were found by trying, see the README."""
+    presets = {"shapes": {}, "cifar10": {}}
+    parser.add_argument("--preset", choices=presets, help="picks the defaults, which stand in ()")
+    def add(name, shapes, cifar10, help, **how):
+        presets["shapes"][name], presets["cifar10"][name] = shapes, cifar10
+        help = f"{help} (shapes: {shapes}, cifar10: {cifar10})"
+        parser.add_argument("--" + name.replace("_", "-"), help=help, **how)
+
+    # Each line: name, value in preset shapes, in cifar10, help, and how argparse reads it.
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
     add("method", "mct", "ect", "diffusion: --init trained for --pretrain-iters", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
@@ -88,31 +99,33 @@ def add_settings(add):
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=REAL)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1.
-    add("iters", 500, 8_000, "iterations of tuning", type=COUNT)
-    add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=COUNT)
+    add("iters", 500, 8_000, "iterations of tuning", type=WHOLE)
+    add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=WHOLE)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     rates = {"mct": 8e-4, "mcd": 8e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": None}
     add("lr", rates, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=REAL)
-    add("ema", 0.98, 0.9993, "decay of the averaged weights", type=number(float, 0, 1))
+    add("ema", 0.98, 0.9993, "decay of the averaged weights", type=FRACTION)
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
-    add("width", 32, 128, "channels", type=int, choices=[8, 16] + list(range(32, 1025, 32)))
-    add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
+    add("width", 32, 128, "channels", type=int, choices=(8, 16, 32, 64, 128, 256))
+    add("dropout", 0.0, 0.2, "in training", type=FRACTION)
     # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for a small --lr. 1: nearly a square.
+    # Above 8,192, mcm.segment_of could not tell a time on a segment's edge from one above it.
     add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
     add("huber_eps", 2e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2), in diffusion too.
-    add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1.001, 1e6))
-    add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
-    add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=number(float, -20, 20))
+    add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1))
+    add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=WHOLE)
+    add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=float)
     add("p_std", 1.8, 2.0, "the same: its standard deviation", type=REAL)
     add("c", 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image", type=REAL)
     # The machine. bf16 is not offered: where t - r is small, its gradients are too coarse.
     add("precision", "fp32", "fp16", "fp16 is for a GPU", choices=("fp16", "fp32"))
     add("compile", False, True, "torch.compile: takes minutes, pays on a GPU", action=SWITCH)
-    add("seed", 0, 0, "of all that is random", type=number(int, 0, 2**32))
+    add("seed", 0, 0, "of all that is random", type=WHOLE)
     add("features", "random", "inception", "random, inception, a TorchScript file")
-    add("fd_samples", 1000, 50_000, "images to measure", type=number(int, 10, 10**7))
+    add("fd_samples", 1000, 50_000, "images to measure", type=number(int, 10))
+    return presets
 
 MAY_CHANGE = ("out", "precision", "compile", "features", "fd_samples")     # in a run
 # The presets' networks: a small one that works on patches of 2x2 pixels, and EDM's.
@@ -120,26 +133,22 @@ NETS = {"shapes": dict(mult=(1, 2, 2), blocks=1, attention=(), patch=2), "cifar1
 
 def read_settings(parser, arguments):
     """The command line -> all settings, a namespace. InputError for what does not go together."""
-    presets = {"shapes": {}, "cifar10": {}}
-    def add(name, shapes, cifar10, help, **how):
-        presets["shapes"][name], presets["cifar10"][name] = shapes, cifar10
-        help = f"{help} (shapes: {shapes}, cifar10: {cifar10})"
-        parser.add_argument("--" + name.replace("_", "-"), help=help, **how)
-    parser.add_argument("--preset", choices=presets, help="picks the defaults, which stand in ()")
-    add_settings(add)
-    settings = parser.parse_args(arguments)
-    settings.preset = settings.preset or choose_preset(settings.data)
-    # What is not given is the preset's. Its diffusion model and classes fit only its own data.
-    defaults = presets[settings.preset]
-    if settings.data not in (None, settings.preset):
+    # Read once to learn what is given, None for the rest, and so which preset is meant.
+    presets = add_settings(parser)
+    given = parser.parse_args(arguments)
+    preset = given.preset or choose_preset(given.data)
+
+    # Read again: what is not given is now the preset's, except that its diffusion model and its
+    # classes fit only its own data.
+    defaults = presets[preset]
+    if given.data not in (None, preset):
         defaults.update(init="none", classes=False)
-    for name, default in defaults.items():
-        if isinstance(default, dict):           # by method
-            default = default[settings.method]
-        if getattr(settings, name) is None:
-            setattr(settings, name, default)
+    parser.set_defaults(preset=preset, **defaults)
+    settings = parser.parse_args(arguments)
+    if isinstance(settings.lr, dict):
+        settings.lr = settings.lr[settings.method]
     settings.steps = sorted(set(settings.steps))
-    if settings.width != defaults["width"] and settings.init != "none":
+    if given.width and settings.init != "none":
         raise InputError("--width: the model of --init has its own; add --init none")
     if settings.method == "ect-segmented" and len(settings.steps) > 1:
         raise InputError("--method ect-segmented: needs a single number of --steps")
@@ -150,19 +159,18 @@ def read_settings(parser, arguments):
     return settings
 
 def choose_preset(data):
-    """The preset where none is given. Without --data, a single process tries the downloads."""
-    if data is not None or LAUNCHED:
-        return "cifar10" if data in (None, "cifar10") and DEVICE.type == "cuda" else "shapes"
-    try:
-        if DEVICE.type == "cpu":
-            raise InputError("there is no GPU here")
-        fid.download(*EDM)
-        fid.download(*fid.INCEPTION)
-        fid.read_images("cifar10")
-        return "cifar10"
-    except InputError as error:
-        print(f"preset shapes, because {error}; an hour on an A100: --preset cifar10")
-        return "shapes"
+    """The preset where none is given: "cifar10" on a GPU. If nothing at all is asked for, and its
+    files cannot be had, it is "shapes". (Several processes might not agree on that.)"""
+    if DEVICE.type == "cuda" and data in (None, "cifar10"):
+        if data or LAUNCHED:
+            return "cifar10"
+        with contextlib.suppress(InputError):
+            fid.download(*EDM)
+            fid.download(*fid.INCEPTION)
+            fid.read_images("cifar10")
+            return "cifar10"
+    print("preset shapes (no GPU, no internet or other data); an hour on an A100: --preset cifar10")
+    return "shapes"
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
 def hash32(h):
@@ -202,10 +210,9 @@ class Block(nn.Module):
         self.affine = nn.Linear(c_emb, c_out)
         self.norm1 = group_norm(c_out)
         self.conv1 = conv(c_out, c_out, 3)
-        self.skip = nn.Identity()
-        if resample or c_in != c_out:
-            self.skip = conv(c_in, c_out, 1)
-        if resample:                    # never used, but keys of the published weights
+        self.skip = conv(c_in, c_out, 1) if resample or c_in != c_out else nn.Identity()
+        if resample:
+            # EDM resamples by this filter. Here it is never used, but a key of its weights.
             for part in (self.conv0, self.skip):
                 part.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
         if attention:
@@ -222,7 +229,8 @@ class Block(nn.Module):
         # Plus the way around them. The factor keeps the variance of a sum of two.
         x = (self.conv1(h) + self.skip(self.resample(x))) * 0.5**0.5
         if self.attention:
-            # With one head. The channels are interleaved: q, k, v of channel 0, of channel 1, ...
+            # Attention between all pixels, with one head: softmax(q k^T / sqrt(C)) v. The channels
+            # of qkv are interleaved, as in EDM: q, k, v of channel 0, q, k, v of channel 1, ...
             qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))
             q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()   # each [B, 1, H W, C]
             a = F.scaled_dot_product_attention(q, k, v)
@@ -256,6 +264,7 @@ class DDPMpp(nn.Module):
             return Block(c_in, c_out, c_emb, dropout, layer, resample, attention)
 
         # Encoder: at each level a halving block, except at the first, then the residual blocks.
+        # With EDM's settings: 32x32, 16x16 and 8x8 pixels, 256 channels each.
         side = resolution // patch
         c = width                       # channels so far
         self.enc[f"{side}x{side}_conv"] = conv(3 * patch**2, c, 3)
@@ -283,6 +292,7 @@ class DDPMpp(nn.Module):
                 self.dec[f"{side}x{side}_up"] = block(c, c, resample=nn.Upsample(scale_factor=2))
         self.dec[f"{side}x{side}_aux_norm"] = group_norm(c)
         self.dec[f"{side}x{side}_aux_conv"] = conv(c, 3 * patch**2, 3)
+
         # As EDM: the last layer of each residual branch begins near zero. Labels and segments begin
         # with zeros, so that they can be added to a trained network.
         for name, p in self.named_parameters():
@@ -297,7 +307,8 @@ class DDPMpp(nn.Module):
 
     def forward(self, x, c_noise, labels=None, segment=None, seed=None):
         """Noisy images [B, 3, H, W] and c_noise [B] -> [B, 3, H, W]. The rest: UNet.forward."""
-        # The embedding of noise level, label and segment: [B, c_emb].
+        # The embedding of noise level, label and segment: [B, c_emb]. The noise level enters as
+        # sines and cosines of many frequencies, which tell small differences apart.
         angle = c_noise[:, None] * self.frequencies
         emb = torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype)
         if self.classes:
@@ -308,6 +319,7 @@ class DDPMpp(nn.Module):
         if segment is not None:
             emb = emb + self.map_segment(segment)
         emb = F.silu(emb)
+
         # Down and up again. The decoder's blocks take the encoder's outputs, the last one first.
         x = F.pixel_unshuffle(x, self.patch)
         skips = []
@@ -340,7 +352,9 @@ class UNet(nn.Module):
         seed: int64 [B] in [0, 2^32) of the dropout masks, or None: no dropout."""
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        # EDM, table 1. Input and target of the raw network have variance 1 at every sigma.
+        # EDM, table 1. The input c_in x and the target (x0 - c_skip x) / c_out of the raw network
+        # have variance 1 at every sigma. Where sigma is small, c_skip is near 1 and c_out near 0:
+        # then x is almost clean, and the network's errors hardly count.
         level = mcm.per_sample(sigma, x)                        # [B, 1, 1, 1]
         c_in = (level**2 + SIGMA_DATA**2).rsqrt()
         c_skip = SIGMA_DATA**2 * c_in**2
@@ -354,22 +368,20 @@ class UNet(nn.Module):
 
 def extended(net, classes, **more):
     """A copy of a UNet, with embeddings that it lacks: zeros, so they change nothing yet."""
-    arguments = {**net.arguments, "classes": net.model.classes or classes, **more}
-    copied = UNet(**arguments)
+    copied = UNet(**{**net.arguments, "classes": net.model.classes or classes, **more})
     copied.load_state_dict({**copied.state_dict(), **net.state_dict()})
     return copied
 
 def place(net, precision):
     """A UNet on DEVICE, in channels last. Only on a GPU, and for "fp16", in half precision."""
-    net.dtype = torch.float32
-    if precision == "fp16" and DEVICE.type == "cuda":
-        net.dtype = torch.float16
+    half = precision == "fp16" and DEVICE.type == "cuda"
+    net.dtype = torch.float16 if half else torch.float32
     return net.to(DEVICE, memory_format=torch.channels_last)
 
 # ---- EDM's published weights (CC BY-NC-SA 4.0), opened safely ------------------------------------
 # EDM's files are pickles: programs that import names and call them. Our unpickler imports nothing.
-# Each name that they need stands for something harmless, and any other is refused. So a hostile
-# file can waste memory, but run no code.
+# The five names in ALLOWED stand for what rebuilds tensors and plain containers. Any other name
+# stands for Inert, which does nothing. So a hostile file can waste memory, but run no code.
 EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
        "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da")
 
@@ -379,31 +391,22 @@ class Inert(nn.Module):
     def __init__(self, saved=None, *ignored):
         super().__init__()
         if isinstance(saved, dict):
-            self.__setstate__(dict(saved["state"], class_name=saved["class_name"]))
+            self.__dict__.update(saved["state"], class_name=saved["class_name"])
 
     def __setstate__(self, state):
         if isinstance(state, dict):                     # that of a numpy type is a tuple
             super().__setstate__(state)
 
-def rebuild_tensor(storage, offset, size, stride, *ignored):
-    return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
-
 ALLOWED = {
-    "torch_utils.persistence _reconstruct_persistent_obj": Inert,
-    "torch.nn.modules.container ModuleDict": Inert,
-    "builtins getattr": Inert,
-    "numpy dtype": Inert,
-    "numpy.core.multiarray scalar": Inert,
-    "numpy._core.multiarray scalar": Inert,
-    "torch._utils _rebuild_parameter": lambda tensor, *ignored: tensor,
-    "torch._utils _rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils _rebuild_parameter": torch._utils._rebuild_parameter,
+    "torch._utils _rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
     "torch.storage _load_from_bytes": lambda b: torch.load(io.BytesIO(b), weights_only=True),
     "collections OrderedDict": dict,
     "builtins set": set,
 }
 class EDMUnpickler(pickle.Unpickler):
     def find_class(self, module, name):                 # is called for every name in a file
-        return ALLOWED[f"{module} {name}"]              # any other name is a KeyError
+        return ALLOWED.get(f"{module} {name}", Inert)
 
 def load_edm(path):
     """A .pkl of EDM or ECT -> (state dict of its EMA, arguments for UNet)."""
@@ -431,8 +434,7 @@ def draw(data, settings, method, i):
     eps = torch.randn(x.shape, **how)
     seed = torch.randint(2**32, (batch,), **how)
     # One in ten is trained without its label, so that the model can be guided (mcm.guided).
-    kept = torch.rand(batch, **how) > 0.1
-    labels = data.labels[index].where(kept, -1)
+    labels = data.labels[index].where(torch.rand(batch, **how) > 0.1, -1)
     drawn = dict(x=x, eps=eps, seed=seed, labels=labels)
     if method in ("mct", "mcd"):
         # The times of MCM's Algorithm 1, for an N of --steps.
@@ -492,7 +494,8 @@ def train(net, teacher, data, settings, method):
     loss_of = torch.compile(step_loss, fullgraph=True, disable=not settings.compile, options={
         "triton.cudagraphs": True, "force_layout_optimization": True})
 
-    # Restore. This copies tensors to the GPU, all but RAdam's counter, which stays on the CPU.
+    # Restore. The run goes on as if it had not stopped, because all that is drawn follows from i.
+    # Tensors go to the GPU, except RAdam's counter.
     state = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
     first = 0
     if path.exists():
@@ -505,7 +508,8 @@ def train(net, teacher, data, settings, method):
     with ctrl_c() as asked:
         losses, clock = [], time.perf_counter()         # since the last line of the log
         for i in range(first, iters):
-            # Draw the batch. Forward and backward over this process' share of it.
+            # Draw the batch. Forward and backward over this process' share of it. The division
+            # makes the sum over all shares the mean over the batch.
             drawn = draw(data, settings, method, i)
             share = {name: value[RANK::WORLD] for name, value in drawn.items()}
             loss = loss_of(net, teacher, settings, method, **share).sum() / settings.batch
@@ -547,34 +551,36 @@ def train(net, teacher, data, settings, method):
 def ctrl_c():
     """`with ctrl_c() as asked:` Ctrl-C only puts something into the list `asked`."""
     asked, before = [], signal.getsignal(signal.SIGINT)
-    # Only a main thread may set it. A process that ignores it goes on doing so.
-    is_ours = threading.current_thread() is threading.main_thread() and callable(before)
-    if is_ours:
+    # Only a main thread may set a handler. A process that ignores Ctrl-C goes on ignoring it.
+    if threading.current_thread() is threading.main_thread() and callable(before):
         signal.signal(signal.SIGINT, lambda *ignored: asked.append(True))
     try:
         yield asked
     finally:
-        if is_ours:
+        if signal.getsignal(signal.SIGINT) is not before:
             signal.signal(signal.SIGINT, before)
 
 # ---- Results -------------------------------------------------------------------------------------
 def report(nets, data, settings, extractor):
     """The networks {method: network}, against all data: a table, result.json, dial.png.
     Each process makes and measures its share of the images."""
-    n, real = settings.fd_samples, data.images.cpu()
-    mine = torch.arange(len(real)).tensor_split(WORLD)[RANK]
-    real_features = gather(fid.features_of(real, extractor, mine))
+    n, real = settings.fd_samples, data.images
+    real_features = gather(fid.features_of(real.tensor_split(WORLD)[RANK], extractor))
     floor = fid.floor_of(real_features, n)
     metric = fid.metric_name(settings.features, n)
-    print(f"\n{data.name!a}: {metric}; floor, real images to real: {floor:.2f}\n"
+    print(f"\n{settings.data!a}: {metric}; floor, real images to real: {floor:.2f}\n"
           "model         steps  evaluations  distance  images/s")
-    # Method, sampler, steps, evaluations: N steps before and after tuning, then EDM's 18.
+
+    # Method, sampler, steps, evaluations: N steps before and after tuning, then EDM's 18. Heun's
+    # method calls the network twice in each step, except in the last.
     table = [("diffusion", "ddim", N, N) for N in settings.steps]
     if settings.method != "diffusion":
         table += [(settings.method, SAMPLERS[settings.method], N, N) for N in settings.steps]
     table += [("diffusion", "heun", 18, 35)]
+
+    # All rows have the same noise and the same labels, those of n real images in random order.
     numbers = torch.arange(n).tensor_split(WORLD)[RANK]
-    labels = data.labels[fid.shuffled(len(real))[numbers % len(real)]]      # of n real images
+    labels = data.labels[fid.shuffled(len(real))[numbers % len(real)]]
     rows, pictures = [], []
     for method, sampler, steps, nfe in table:               # nfe: evaluations of the network
         start = time.perf_counter()
@@ -588,24 +594,22 @@ def report(nets, data, settings, extractor):
     if RANK == 0:
         Path(settings.out, "result.json").write_text(json.dumps(rows, indent=1))
         sample.save_grid(torch.cat(pictures), Path(settings.out, "dial.png"), len(pictures[0]))
-    print(f"pictures, a row for each line: {str(Path(settings.out, 'dial.png'))!a}")
+    print(f"pictures, a row for each line: {settings.out + '/dial.png'!a}")
 
 # ---- All of it -----------------------------------------------------------------------------------
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 def main(arguments=None):
     """The command line: read everything, train or load a diffusion model, tune it, report."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     if LAUNCHED:
         join_processes()
     # All that a user can get wrong is read here, before any work.
-    try:
+    with fid.usage_errors(parser):
         settings = read_settings(parser, arguments)
         data = load_data(settings)
         extractor = fid.load_extractor(settings.features, data.images[:2])
         diffusion = load_init(settings, data)
-        open_run(settings, data)
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        parser.error(" ".join(str(error).split()))
+        open_run(settings)
     if RANK == 0:
         add_up(torch.zeros(1))                  # the others wait for this, see join_processes
 
@@ -613,8 +617,7 @@ def main(arguments=None):
     more = dict(dropout=settings.dropout, classes=len(data.class_names))
     if settings.method == "diffusion" or settings.init == "none":
         diffusion = train(extended(diffusion, **more), None, data, settings, "diffusion")
-    place(diffusion, settings.precision).requires_grad_(False)
-    nets = {"diffusion": diffusion}
+    nets = {"diffusion": place(diffusion, settings.precision).requires_grad_(False)}
 
     # Tune a copy, which is told its segment: a row of mcm.segment_row.
     if settings.method != "diffusion":
@@ -624,22 +627,23 @@ def main(arguments=None):
 
 # ---- What a run reads and writes: data, checkpoints, its folder ----------------------------------
 def load_data(settings):
-    """--data -> a namespace: images, labels, class_names, name. Without --classes: -1 and []."""
+    """--data -> a namespace: images, labels, class_names. Without --classes: -1 and no names.
+    A folder's name in the settings gets a hash of its images, because two may have one name."""
     name = settings.data
     images, labels, class_names = fid.read_images(name)
-    images = fid.batch_of(images, torch.arange(len(images)))        # reads files
+    images = fid.batch_of(images)           # reads all files
     n, _, height, width = images.shape
-    if n < 8 or height != width or height % 16 or height == 0:
+    if n < 8 or height != width or height % 16:
         raise InputError(f"--data {name}: needs 8 square images or more, of 16, 32, ... pixels")
     if settings.classes and not class_names:
         raise InputError(f"--classes: {name} has no classes, leave it out")
-    if name not in ("shapes", "cifar10"):           # two folders may have one name
+    if name not in ("shapes", "cifar10"):
         content = images.numpy().tobytes() + labels.numpy().tobytes()
-        name = f"{Path(name).name}-{hashlib.sha256(content).hexdigest()[:6]}"
+        settings.data = f"{Path(name).name}-{hashlib.sha256(content).hexdigest()[:6]}"
     if not settings.classes:
         labels, class_names = torch.full_like(labels, -1), []
-    return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), name=name,
-                           class_names=class_names)
+    images, labels = images.to(DEVICE), labels.to(DEVICE)
+    return SimpleNamespace(images=images, labels=labels, class_names=class_names)
 
 @contextlib.contextmanager
 def atomic(path):
@@ -650,11 +654,11 @@ def atomic(path):
 
 def save(path, data, settings, method, step, parts):
     """One file of tensors and plain values: the parts, and all that sample.py needs.
-    If weights are not finite, or fp16 overflows at every loss scale, the run ends instead."""
+    If weights are not finite, or fp16 overflows at every loss scale, the run ends instead, and the
+    last good file is kept."""
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
-        sys.exit(f"error: {method}, iteration {step}: not finite; {path}, if any, is kept; try "
-                 "--precision fp32, or a smaller learning rate with another --out")
+        sys.exit(f"{method}, iteration {step}: not finite; try --precision fp32, or a smaller rate")
     steps = [18] if method == "diffusion" else settings.steps               # 18: EDM's
     state = {name: part.state_dict() for name, part in parts.items()}
     state.update(arguments=parts["ema"].arguments, method=method, step=step, steps=steps,
@@ -677,11 +681,10 @@ def load_network(state):
     net.load_state_dict(state["ema"])
     return place(net, state["settings"]["precision"])
 
-def open_run(settings, data):
+def open_run(settings):
     """Makes the folder of the run. InputError if it holds one of other settings or data."""
     steps = "-".join(map(str, settings.steps))
-    settings.out = settings.out or f"runs/{data.name}-{settings.method}-{steps}"
-    settings.data = data.name
+    settings.out = settings.out or f"runs/{settings.data}-{settings.method}-{steps}"
     # The same command goes on with a run. Another must not mix with it.
     for path in Path(settings.out).glob("[!.]*.pt"):        # no .part- that atomic left
         begun = load_checkpoint(path)["settings"]
@@ -704,7 +707,8 @@ def load_init(settings, data):
     if settings.init == "edm":
         path = fid.download(*EDM)
         print("EDM's weights are CC BY-NC-SA 4.0: no commercial use, nor of models made from them")
-    settings.init = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    with refuse(f"--init {path}: cannot be read"):
+        settings.init = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     if path.suffix == ".pkl":                   # EDM's. (ECT's are tuned already, but they load.)
         weights, arguments = load_edm(path)
         net = UNet(**arguments)
@@ -719,8 +723,7 @@ def load_init(settings, data):
     has, needs = net.model.classes, len(data.class_names)
     wrong_classes = needs and has != needs and (has or settings.guidance)
     if net.image_shape != data.images.shape[1:] or wrong_classes:
-        raise InputError(f"--init {path}: is for {net.image_shape} and {has} classes, --data has "
-                         f"{tuple(data.images.shape[1:])} and {needs}")
+        raise InputError(f"--init {path}: is for {net.image_shape}, {has} classes; try --init none")
     return net
 
 if __name__ == "__main__":
