@@ -216,7 +216,6 @@ def read_images(source):
             raise InputError(f"{path}: no folder with images, no .npz, not cifar10 or shapes")
         images = np.array(files)
         labels = [file.relative_to(path).parent.as_posix() for file in files]
-
     if images.dtype == np.uint8:            # pixels, not paths
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
     # Labels, names or numbers, become 0, 1, 2, ... in sorted order. One class is no class.

@@ -15,7 +15,7 @@ A diffusion model D(x, sigma) is loaded or trained. Then a copy is tuned to few 
     log, save       every 100 and every 500 iterations
 """
 import argparse, contextlib, copy, hashlib, io, json, os, pickle, signal, sys
-import tempfile, threading, time
+import threading, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,13 +99,12 @@ def add_settings(parser):
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=REAL)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1.
-    add("iters", 500, 8_000, "iterations of tuning", type=WHOLE)
+    add("iters", 400, 8_000, "iterations of tuning", type=WHOLE)
     add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=WHOLE)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
-    rates = {"mct": 8e-4, "mcd": 8e-4, "ect": 2e-3, "ect-segmented": 2e-3, "diffusion": None}
-    add("lr", rates, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
+    add("lr", 8e-4, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=REAL)
-    add("ema", 0.98, 0.9993, "decay of the averaged weights", type=FRACTION)
+    add("ema", 0.975, 0.9993, "decay of the averaged weights", type=FRACTION)
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     add("width", 32, 128, "channels", type=int, choices=(8, 16, 32, 64, 128, 256))
     add("dropout", 0.0, 0.2, "in training", type=FRACTION)
@@ -114,7 +113,7 @@ def add_settings(parser):
     add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
     add("huber_eps", 2e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
     # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2), in diffusion too.
-    add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1))
+    add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=REAL)
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=WHOLE)
     add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=float)
     add("p_std", 1.8, 2.0, "the same: its standard deviation", type=REAL)
@@ -145,8 +144,6 @@ def read_settings(parser, arguments):
         defaults.update(init="none", classes=False)
     parser.set_defaults(preset=preset, **defaults)
     settings = parser.parse_args(arguments)
-    if isinstance(settings.lr, dict):
-        settings.lr = settings.lr[settings.method]
     settings.steps = sorted(set(settings.steps))
     if given.width and settings.init != "none":
         raise InputError("--width: the model of --init has its own; add --init none")
@@ -369,7 +366,7 @@ class UNet(nn.Module):
 def extended(net, classes, **more):
     """A copy of a UNet, with embeddings that it lacks: zeros, so they change nothing yet."""
     copied = UNet(**{**net.arguments, "classes": net.model.classes or classes, **more})
-    copied.load_state_dict({**copied.state_dict(), **net.state_dict()})
+    copied.load_state_dict(net.state_dict(), strict=False)      # all but the new ones
     return copied
 
 def place(net, precision):
@@ -588,8 +585,8 @@ def report(nets, data, settings, extractor):
         speed = n / (time.perf_counter() - start)
         distance = fid.distance_of(gather(fid.features_of(share, extractor)), real_features)
         print(f"{method:<13} {steps:5} {nfe:12} {distance:9.2f} {speed:9.0f}", flush=True)
-        rows.append(dict(method=method, sampler=sampler, steps=steps, nfe=nfe, metric=metric, n=n,
-                         distance=distance, floor=floor, images_per_second=speed))
+        rows.append(dict(method=method, sampler=sampler, steps=steps, nfe=nfe, metric=metric,
+                         distance=distance, floor=floor))
         pictures.append(share[:10])
     if RANK == 0:
         Path(settings.out, "result.json").write_text(json.dumps(rows, indent=1))
@@ -629,17 +626,16 @@ def main(arguments=None):
 def load_data(settings):
     """--data -> a namespace: images, labels, class_names. Without --classes: -1 and no names.
     A folder's name in the settings gets a hash of its images, because two may have one name."""
-    name = settings.data
-    images, labels, class_names = fid.read_images(name)
+    images, labels, class_names = fid.read_images(settings.data)
     images = fid.batch_of(images)           # reads all files
     n, _, height, width = images.shape
     if n < 8 or height != width or height % 16:
-        raise InputError(f"--data {name}: needs 8 square images or more, of 16, 32, ... pixels")
+        raise InputError(f"--data {settings.data}: needs 8 or more images, 16x16, 32x32, ...")
     if settings.classes and not class_names:
-        raise InputError(f"--classes: {name} has no classes, leave it out")
-    if name not in ("shapes", "cifar10"):
+        raise InputError(f"--classes: {settings.data} has no classes, leave it out")
+    if settings.data not in ("shapes", "cifar10"):
         content = images.numpy().tobytes() + labels.numpy().tobytes()
-        settings.data = f"{Path(name).name}-{hashlib.sha256(content).hexdigest()[:6]}"
+        settings.data = f"{Path(settings.data).name}-{hashlib.sha256(content).hexdigest()[:6]}"
     if not settings.classes:
         labels, class_names = torch.full_like(labels, -1), []
     images, labels = images.to(DEVICE), labels.to(DEVICE)
@@ -693,7 +689,6 @@ def open_run(settings):
                 raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
                                  f"{begun.get(name)}, not {now}; give another --out, or delete it")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=settings.out).close()        # an OSError, if it cannot be written
 
 def load_init(settings, data):
     """The diffusion model of --init, or a new one. Settings get a hash instead of its path, because
