@@ -50,7 +50,7 @@ def usage_errors(parser):
     and the program ends with code 2. Any other error is ours and keeps its traceback."""
     try:
         yield
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 
 def download(url, sha256):

@@ -97,9 +97,9 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
 
 # ---- Times, in cosine's [0, 1] -------------------------------------------------------------------
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
-    """T(i) at iteration i: the teacher steps in all of [0, 1], log-linear from start to end.
-    f can be right at t once it is right at s, so it learns upward from a segment's lower edge. With
-    few long steps this is fast, but they are inexact. So T starts small."""
+    """T(i) at iteration i, the teacher steps in [0, 1]: from start, log-linearly, to end at `anneal`,
+    half of the run. f can be right at t once it is right at s, so it learns upward from a segment's
+    lower edge. With few long steps this is fast, but inexact. So T starts small."""
     progress = min(max(i / anneal, 0.0), 1.0)
     return start * (end / start) ** progress
 
@@ -131,7 +131,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     f_ref           the reference. None: f itself. TRACT (2303.04248): an average of f.
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
     f is called at s without gradient, at t with gradient. Dropout should have one mask for both.
-    draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at each."""
+    draw_times gives cosine's times. For schedule=edm, t, s, t_step are its sigma / alpha there."""
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
     z_t = alpha_t * x + sigma_t * eps
@@ -149,7 +149,9 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
 
         # (4) The reference's x at s, turned into a target for the x at t.
-        target = consistency_target(f_ref or f, z_s, z_t, t, s, t_step, schedule)
+        if f_ref is None:
+            f_ref = f
+        target = consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule)
 
     # (5) The x at t, and its distance from the target.
     return v_loss(f(z_t, t), target, z_t, t, schedule, huber_eps)

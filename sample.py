@@ -63,7 +63,7 @@ def renoise(denoise, latents, sigmas, noise=None):
     if noise is None:
         noise = [torch.randn_like(latents) for sigma in sigmas[1:]]
     x = guess(denoise, sigmas[0] * latents.double(), sigmas[0], latents.dtype)
-    for sigma, eps in zip(sigmas[1:], noise):
+    for sigma, eps in zip(sigmas[1:], noise, strict=True):
         x = guess(denoise, x + sigma * eps.double(), sigma, latents.dtype)
     return x.to(latents.dtype)
 

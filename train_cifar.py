@@ -14,7 +14,7 @@ A diffusion model D(x, sigma) is loaded or trained. Then a copy is tuned to few 
     average         ema <- ema + (1 - decay) (net - ema): the weights that are sampled
     log, save       every 100 and every 500 iterations
 """
-import argparse, contextlib, copy, hashlib, io, json, os, pickle, signal, sys
+import argparse, contextlib, copy, datetime, hashlib, io, json, os, pickle, signal, sys
 import threading, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def join_processes():
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
         add_up(torch.zeros(1))
@@ -73,7 +73,7 @@ def number(kind, low, high=2**32):
     return numeric
 
 COUNT, WHOLE = number(int, 1), number(int, 0)
-REAL, FRACTION = number(float, 0), number(float, 0, 0.999999)
+REAL = number(float, 0)
 SWITCH = argparse.BooleanOptionalAction
 SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segmented": "multistep",
             "diffusion": "heun"}            # by method
@@ -88,7 +88,7 @@ def add_settings(parser):
     def add(name, shapes, cifar10, help, **how):
         presets["shapes"][name], presets["cifar10"][name] = shapes, cifar10
         help = f"{help} (shapes: {shapes}, cifar10: {cifar10})"
-        parser.add_argument("--" + name.replace("_", "-"), help=help, **how)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=help, **how)
 
     # Each line: name, value in preset shapes, in cifar10, help, and how argparse reads it.
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
@@ -104,10 +104,10 @@ def add_settings(parser):
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     add("lr", 8e-4, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=REAL)
-    add("ema", 0.975, 0.9993, "decay of the averaged weights", type=FRACTION)
+    add("ema", 0.975, 0.9993, "decay of the averaged weights", type=REAL)
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     add("width", 32, 128, "channels", type=int, choices=(8, 16, 32, 64, 128, 256))
-    add("dropout", 0.0, 0.2, "in training", type=FRACTION)
+    add("dropout", 0.0, 0.2, "in training", type=REAL)
     # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for a small --lr. 1: nearly a square.
     # Above 8,192, mcm.segment_of could not tell a time on a segment's edge from one above it.
     add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
@@ -136,7 +136,6 @@ def read_settings(parser, arguments):
     presets = add_settings(parser)
     given = parser.parse_args(arguments)
     preset = given.preset or choose_preset(given.data)
-
     # Read again: what is not given is now the preset's, except that its diffusion model and its
     # classes fit only its own data.
     defaults = presets[preset]
@@ -185,7 +184,7 @@ def dropout(x, p, seed, layer):
     element = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
     # The prime, 2^32 over the golden ratio, keeps the layers' seeds far apart.
     start = hash32((seed + 0x9E3779B1 * layer).int())               # [B]
-    bits = hash32(start.view(-1, 1, 1, 1) + element.view(x.shape[1:]))      # [B, C, H, W]
+    bits = hash32(mcm.per_sample(start, x) + element.view(x.shape[1:]))     # [B, C, H, W]
     keep = bits >= int(p * 2**32) - 2**31           # bits are uniform over all of int32
     return x * keep / (1 - p)
 
@@ -366,7 +365,7 @@ class UNet(nn.Module):
 def extended(net, classes, **more):
     """A copy of a UNet, with embeddings that it lacks: zeros, so they change nothing yet."""
     copied = UNet(**{**net.arguments, "classes": net.model.classes or classes, **more})
-    copied.load_state_dict(net.state_dict(), strict=False)      # all but the new ones
+    copied.load_state_dict({**copied.state_dict(), **net.state_dict()})
     return copied
 
 def place(net, precision):
@@ -422,7 +421,7 @@ def draw(data, settings, method, i):
     """What iteration i draws -> a dict of [batch, ...], a function of (seed, i), without any state.
     So a run that was killed goes on with the very batches that it would have drawn."""
     device, batch = data.images.device, settings.batch
-    entropy = np.random.SeedSequence([settings.seed, int(method != "diffusion"), i])
+    entropy = np.random.SeedSequence([settings.seed, method != "diffusion", i])
     bits = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # 63 of them
     how = dict(generator=torch.Generator(device).manual_seed(bits), device=device)
     # Images, noise and the seeds of the dropout masks.
@@ -510,7 +509,7 @@ def train(net, teacher, data, settings, method):
             drawn = draw(data, settings, method, i)
             share = {name: value[RANK::WORLD] for name, value in drawn.items()}
             loss = loss_of(net, teacher, settings, method, **share).sum() / settings.batch
-            gradient.zero_()
+            gradient.zero_()        # zero_grad() would cut the weights loose from this vector
             scaler.scale(loss).backward()
             add_up(gradient)
             losses.append(loss.detach())
@@ -650,11 +649,10 @@ def atomic(path):
 
 def save(path, data, settings, method, step, parts):
     """One file of tensors and plain values: the parts, and all that sample.py needs.
-    If weights are not finite, or fp16 overflows at every loss scale, the run ends instead, and the
-    last good file is kept."""
+    If weights are not finite, or fp16 overflows at every loss scale, the run ends instead."""
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
     if not finite or parts["scaler"].get_scale() < 1:
-        sys.exit(f"{method}, iteration {step}: not finite; try --precision fp32, or a smaller rate")
+        sys.exit(f"{method}, iteration {step}: not finite; try fp32, or less --lr in a new --out")
     steps = [18] if method == "diffusion" else settings.steps               # 18: EDM's
     state = {name: part.state_dict() for name, part in parts.items()}
     state.update(arguments=parts["ema"].arguments, method=method, step=step, steps=steps,
@@ -687,7 +685,7 @@ def open_run(settings):
         for name, now in vars(settings).items():
             if name not in MAY_CHANGE and begun.get(name) != now:
                 raise InputError(f"--{name.replace('_', '-')}: {settings.out} was begun with "
-                                 f"{begun.get(name)}, not {now}; give another --out, or delete it")
+                                 f"{begun.get(name)}, not {now}; give another --out")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
 
 def load_init(settings, data):
