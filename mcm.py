@@ -97,7 +97,7 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
 
 # ---- Times, in cosine's [0, 1] -------------------------------------------------------------------
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
-    """T(i) at iteration i, the teacher steps in [0, 1]: from start, log-linearly, to end at `anneal`,
+    """T(i) at iteration i, the teacher steps in [0, 1]: from start, log-linearly, to end at anneal,
     half of the run. f can be right at t once it is right at s, so it learns upward from a segment's
     lower edge. With few long steps this is fast, but inexact. So T starts small."""
     progress = min(max(i / anneal, 0.0), 1.0)
