@@ -15,7 +15,7 @@ segments as in MCM: the two papers combined. (Ours.)
     t, r [B]    noise levels, 0 <= r < t
     stage       how far the curriculum is: 0, 1, 2, ..., a number or [B]
     q, k, b     each stage divides t - r by q (2 or 256). k, b = 8, 1: n in t_to_r falls from 5 to 1
-    c           rounds the norm near 0 (pseudo-Huber), in units of a whole image. The paper: 0
+    c           rounds the norm near 0 (pseudo-Huber), a norm of the whole image. The paper: 0
 """
 import torch
 
@@ -70,5 +70,5 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.
     square = (difference**2).unsqueeze(-1).flatten(1).sum(1)
-    t_minus_r = (t - r).clamp(min=5e-8 * t)     # r may round to t: 0 / 0. (float32 has 6e-8)
+    t_minus_r = (t - r).clamp(min=5e-8 * t)     # no 0 / 0 where r rounds to t
     return mcm.pseudo_huber(square, c) / t_minus_r

@@ -6,9 +6,9 @@
 First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 NHWC), cifar10 (its
 training set) or shapes (built in). A published FID has four parts: the Inception graph of 2015,
 TensorFlow 1's resize, n = 50,000 and the unbiased covariance. With fewer images it is too large:
-about 30 at n = 2,000, even between real images. This bias goes as 1/n + 1/N for n images against N.
-So beside a distance stands its floor, n real images against n others, whose bias goes as 2/n. A
-perfect model scores (1 + n/N) / 2 of it. (Fewer than 2 n real images: two halves, (1 + N/n) / 4.)
+about 30 for 2,000 real images against 2,000 others. n images against N have a bias of 1/n + 1/N.
+So beside a distance stands its floor, n real images against n others, whose bias is 2/n. A perfect
+model scores (1 + n/N) / 2 of it. (Fewer than 2 n real images: two halves, (1 + N/n) / 4.)
 Comments say by how much an error "moves features": the largest change of any (they reach 39).
 """
 import argparse, contextlib, pickle, zipfile, zlib
@@ -75,7 +75,7 @@ def resize_tf1(images):
 # TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave out padding
 # (counting it moves features by 2.5). The last block has a maximum (an average moves them by 9.6).
 def uncount_padding(branch_pool, inputs):
-    """Sums over 3x3 pixels, divided by 9 -> divided by the number of them inside the image."""
+    """Means that count padding -> means that do not: (sum / 9) / (pixels inside / 9)."""
     return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0]), 3, stride=1, padding=1)
 
 class LastBlock(inception.InceptionE):
@@ -121,7 +121,7 @@ def random_features(images):
         y = F.avg_pool2d(x, scale)
         for layer in range(2):
             filters = rng.standard_normal((12, y.shape[1], 3, 3)) / (9 * y.shape[1]) ** 0.5
-            if scale == 1:                          # blind to flat areas
+            if scale == 1:                          # zero mean: a flat area gives 0
                 filters -= filters.mean((2, 3), keepdims=True)
             y = F.conv2d(y, torch.from_numpy(filters).to(y)).abs()
         features.append(weight * (y.mean((2, 3)) + 0.02).log())
@@ -166,7 +166,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     In float64, because the distance is a small difference of large traces."""
     given = [torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2)]
     mean1, cov1, mean2, cov2 = given
-    # None is negative, but for rounding: cov1 cov2 is similar to R^T cov2 R, with cov1 = R R^T.
+    # None is negative, but for rounding: with cov1 = R R^T they are those of R^T cov2 R.
     shared = torch.linalg.eigvals(cov1 @ cov2).real.clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * shared
     return distance.clamp(min=0).item()
@@ -242,7 +242,7 @@ def decode(file):
         return np.array(image.convert("RGB")).transpose(2, 0, 1)
 
 def batch_of(images):
-    """A slice of read_images' images -> uint8 [B, 3, H, W]. Files are decoded here."""
+    """A slice of read_images' images -> uint8 [B, 3, H, W]. Files are read here, of one size."""
     if torch.is_tensor(images):
         return images
     with ThreadPoolExecutor(4) as pool:

@@ -1,10 +1,10 @@
 """Multistep Consistency Models (Heek, Hoogeboom, Salimans, arXiv 2403.06807) in one file.
 
-A network f(z_t, t) guesses the clean x of a noisy z_t. A diffusion model guesses the average, so
-its sampler, DDIM, takes many small steps, each with a new guess. A consistency model guesses the x
-with which one DDIM step, a jump, ends where all of them would. That is hard to learn. Between the
-two lies a dial: cut time into N segments, and let f jump to the lower edge of t's own. N = 1 is a
-consistency model, N = infinity a diffusion model.
+A network f(z_t, t) guesses the clean x of a noisy z_t. A diffusion model guesses the mean of all x
+that fit, so DDIM takes many small steps, each with a new guess. A consistency model guesses the x
+with which one long DDIM step, a jump, ends where the many small ones end. That is hard to learn.
+Between the two lies a dial: cut time into N segments, and let f jump to the lower edge of t's own.
+N = 1 is a consistency model, N = T (one teacher step in each) a diffusion model.
 
     t = 0               1/2             1
         |---+---+---+---|---+---+---+---|       N = 2 segments, n = 4 teacher steps in each, T = 8
@@ -27,7 +27,7 @@ samples, and "..." is any shape, such as C, H, W):
     T / N          -              n             [] or [B]       teacher steps in one segment, whole
     step, n_rel    -              step, n_rel   [B]             which segment, which step in it
     f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     x_hat, the x that DDIM jumps with
-    -              -              D(x, sigma)   -> [B, ...]     EDM's: its x is image + sigma eps
+    -              -              D(x, sigma)   -> [B, ...]     EDM's f. Its x is z / alpha
     x_teacher      -              x_teacher     [B, ...]        the x of the DDIM step to s
     x_var          -              x_var         [B]             variance that x_teacher lacks
     x_ref          f(x_r, r)      x_ref         [B, ...]        f's guess at s, without gradient
@@ -128,7 +128,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     """Algorithm 1 for data x [B, ...], noise eps [B, ...] and times [B] of draw_times -> [B].
     teacher None    consistency training (MCT): the step to s is made with the data itself.
     teacher(z, t)   distillation (MCD): it is made with the teacher's x. See also `guided`.
-    f_ref           the reference. None: f itself. TRACT (2303.04248): an average of f.
+    f_ref           the reference. None: f itself. TRACT (2303.04248): f with averaged weights.
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
     f is called at s without gradient, at t with gradient. Dropout should have one mask for both.
     draw_times gives cosine's times. For schedule=edm, t, s, t_step are its sigma / alpha there."""
@@ -161,8 +161,8 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     """The x whose jump from z_t lands where the reference's jump from z_s lands -> [B, ...].
     Both jumps end at t_step, and all times are [B]. Where s = t_step no jump is left, and the place
     is z_s. Without a teacher the result is then x, a diffusion model's target, eq. (8)."""
-    # Where no jump is left, x_ref is not used. It is computed at t there, because edm's s may be 0,
-    # where f is undefined: a network takes the logarithm of the noise level.
+    # Where no jump is left, x_ref is not used, but f runs on the whole batch. It gets t there,
+    # because edm's s may be 0, and a network takes the logarithm of the noise level.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -172,7 +172,7 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
 def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """The pseudo-Huber distance of two guesses of x [B, ...], measured in v-space -> [B].
     v = alpha eps - sigma x. With alpha^2 + sigma^2 = 1 it is (alpha z_t - x) / sigma, and so
-    dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. This holds for any schedule.
+    dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. Other schedules get the same SNR + 1.
     A mean, where the paper has a sum: the same huber_eps is root(elements) times as large here."""
     alpha, sigma = alpha_sigma(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
@@ -203,7 +203,7 @@ def conditioned(denoise, steps=None, **condition):
 def segment_of(sigma, steps):
     """Which of the N segments of cosine's t holds the noise level sigma / alpha [B] -> int64 [B].
     A level on an edge belongs to the segment below, even if rounding puts it above the edge, by up
-    to 1e-4 of a segment. So a segment must have fewer than 10,000 teacher steps."""
+    to 1e-4 of a segment. The next time is 1/n of a segment above, so n must be below 10,000."""
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
     return (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1).long() - 1
 

@@ -1,8 +1,8 @@
 """Train a few-step generator, from a diffusion model to a table and a picture, in one command.
 
-    python train_cifar.py --steps 2                      # the whole job, on a GPU or a laptop
+    python train_cifar.py --steps 2                      # by default MCT on shapes; on a GPU, ECT
     python train_cifar.py --method ect --steps 2         # Easy Consistency Tuning
-    python train_cifar.py --steps 1 2 4 8                # one network for the whole dial
+    python train_cifar.py --method mct --steps 1 2 4 8   # one network for the whole dial
     torchrun --nproc-per-node 8 train_cifar.py --steps 2 # on eight GPUs
 
 A diffusion model D(x, sigma) is loaded or trained. Then a copy is tuned to few steps. An iteration:
@@ -80,11 +80,11 @@ SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segme
 
 def add_settings(parser):
     """Adds an argument for each setting -> its values in the presets, {preset: {name: value}}.
-    "cifar10" is ECT's A100 hour, which has a published number (but --lr falls), with MCM's T.
-    "shapes" is small and short. Errors add up over the teacher steps, so it has fewer (T; for ECT,
-    a smaller q^stages). Its other settings were found by trying, see the README."""
+    "cifar10" is ECT's A100 hour, which has a published number (but --lr falls to 0). T is MCM's.
+    "shapes" is small and short. Errors add up over the teacher steps, so it has fewer: a smaller T
+    and, for ECT, a smaller q^stages. Its other settings were found by trying, see the README."""
     presets = {"shapes": {}, "cifar10": {}}
-    parser.add_argument("--preset", choices=presets, help="picks the defaults, which stand in ()")
+    parser.add_argument("--preset", choices=presets, help="picks the defaults, shown in brackets")
     def add(name, shapes, cifar10, help, **how):
         presets["shapes"][name], presets["cifar10"][name] = shapes, cifar10
         help = f"{help} (shapes: {shapes}, cifar10: {cifar10})"
@@ -92,7 +92,7 @@ def add_settings(parser):
 
     # Each line: name, value in preset shapes, in cifar10, help, and how argparse reads it.
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
-    add("method", "mct", "ect", "diffusion: --init trained for --pretrain-iters", choices=SAMPLERS)
+    add("method", "mct", "ect", "of tuning, see mcm.py and ect.py; diffusion: none", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
     add("init", "shapes", "edm", "EDM's .pkl or our .pt; none: train one first")
     add("classes", True, False, "class labels (captions of shapes) for the network", action=SWITCH)
@@ -108,13 +108,13 @@ def add_settings(parser):
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     add("width", 32, 128, "channels", type=int, choices=(8, 16, 32, 64, 128, 256))
     add("dropout", 0.0, 0.2, "in training", type=REAL)
-    # MCM. T rises until mid-run. huber_eps 1e-4: a norm, for a small --lr. 1: nearly a square.
-    # Above 8,192, mcm.segment_of could not tell a time on a segment's edge from one above it.
+    # MCM. T rises until mid-run. Small huber_eps: a norm, needs a small --lr. 1: nearly a square.
+    # T stays below mcm.segment_of's limit, 10,000 teacher steps in a segment.
     add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
     add("huber_eps", 2e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
-    # ECT. Each stage divides t - r by q, and ln t ~ N(p_mean, p_std^2), in diffusion too.
+    # ECT. Where q^stages is above 10,000, t - r is mostly rounding. ln t ~ N(p_mean, p_std^2).
     add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=REAL)
-    add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=WHOLE)
+    add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
     add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=float)
     add("p_std", 1.8, 2.0, "the same: its standard deviation", type=REAL)
     add("c", 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image", type=REAL)
@@ -356,7 +356,7 @@ class UNet(nn.Module):
         c_skip = SIGMA_DATA**2 * c_in**2
         c_out = SIGMA_DATA * level * c_in
         c_noise = sigma.log() / 4                               # [B]
-        # The weights are cast by hand: autocast would leave group norms in float32.
+        # The weights are cast by hand: autocast would run group norms in float32, which is slower.
         weights = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
         inputs = (c_in * x).to(self.dtype), c_noise, labels, segment, seed
         raw = torch.func.functional_call(self.model, weights, inputs)
@@ -481,12 +481,12 @@ def train(net, teacher, data, settings, method):
     weights = list(net.parameters())
     optimizer = torch.optim.RAdam(weights, foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
-    # All gradients lie in one vector, each in the layout of its weights: one sum over processes.
+    # Each weight's .grad is a part of one vector, in the weight's layout: one sum over processes.
     sizes = [p.numel() for p in weights]
     gradient = torch.zeros(sum(sizes), device=DEVICE)
     for p, part in zip(weights, gradient.split(sizes)):
         p.grad = part.as_strided(p.shape, p.stride())
-    # One graph, which a GPU replays. With layouts of the compiler's choice: 1.5 times slower.
+    # One graph, which a GPU replays. Channels last is forced: the compiler's choice is 1.5x slower.
     loss_of = torch.compile(step_loss, fullgraph=True, disable=not settings.compile, options={
         "triton.cudagraphs": True, "force_layout_optimization": True})
 
@@ -519,7 +519,7 @@ def train(net, teacher, data, settings, method):
             scaler.step(optimizer)
             scaler.update()
 
-            # Update their average: the mean of all weights so far, until its decay reaches --ema.
+            # Update their average: the mean of all weights so far, while i / (1 + i) < --ema.
             decay = min(settings.ema, i / (1 + i))
             update_average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
             update_average(list(ema.parameters()), weights, i)
@@ -712,7 +712,7 @@ def load_init(settings, data):
         net = load_network(state)
         if state["method"] != "diffusion":
             raise InputError(f"--init {path}: tuned already, give a diffusion model")
-    # It may have classes that are not used, or lack them, but not as a guided teacher.
+    # It may ignore labels, or have yet to learn them, but not if it is to guide.
     has, needs = net.model.classes, len(data.class_names)
     wrong_classes = needs and has != needs and (has or settings.guidance)
     if net.image_shape != data.images.shape[1:] or wrong_classes:
