@@ -92,7 +92,7 @@ def add_settings(parser):
 
     # Each line: name, value in preset shapes, in cifar10, help, and how argparse reads it.
     add("steps", [2], [2], "several: all in one network", type=number(int, 1, 64), nargs="+")
-    add("method", "mct", "ect", "of tuning, see mcm.py and ect.py; diffusion: none", choices=SAMPLERS)
+    add("method", "mct", "ect", "see mcm.py, ect.py; diffusion: no tuning", choices=SAMPLERS)
     add("data", "shapes", "cifar10", "shapes, cifar10, a folder or an .npz")
     add("init", "shapes", "edm", "EDM's .pkl or our .pt; none: train one first")
     add("classes", True, False, "class labels (captions of shapes) for the network", action=SWITCH)
