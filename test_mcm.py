@@ -15,6 +15,7 @@ import scipy.linalg
 import torch
 import torch.distributed.run
 from PIL import Image
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import ect, fid, mcm, sample, train_cifar
 from fid import InputError
@@ -600,6 +601,16 @@ def test_random_features_are_these_even_in_autocast():
         features = fid.load_extractor("random", IMAGE)(IMAGE)
     close(features[0, [0, 23, 35]], [-0.01568627, -21.32518, -15.98173], rtol=1e-5)
 
+def test_a_torchscript_network_is_in_eval_mode():
+    torch.jit.script(torch.nn.Dropout()).save("net.pt")
+    features = fid.load_extractor("net.pt", IMAGE)(IMAGE)
+    close(features, IMAGE.flatten(1))
+
+def test_all_images_are_measured():
+    """Those of the last batch, which is smaller, too."""
+    images = torch.arange(20).view(20, 1)
+    assert fid.features_of(images, torch.clone).equal(images)
+
 def test_frechet_distance_is_that_of_scipys_matrix_root():
     cov1 = torch.cov(randn(8, 30))
     cov2 = torch.cov(randn(8, 40))
@@ -814,12 +825,16 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(method, folder, monkeyp
         assert table_of("torn", "distance") == table_of("straight", "distance")
     assert len(steps) == 6 + 6 + 2                      # 3 and 4 were lost by the kill
 
+def torchrun(program, line):
+    """Runs a program in two processes."""
+    flags = ["--standalone", "--nproc-per-node", "2", str(program)]
+    torch.distributed.run.main(flags + line.split())
+
 def test_two_processes_give_what_one_gives(folder):
     """And 7 images a batch do not divide."""
     line = NEW + "--method mcd --classes --batch 7 --dropout 0.2 --out "
     train(line + "one")
-    program = ["--standalone", "--nproc-per-node", "2", str(HERE / "train_cifar.py")]
-    torch.distributed.run.main(program + line.split() + ["two"])
+    torchrun(HERE / "train_cifar.py", line + "two")
     close(state_of("two"), state_of("one"), rtol=1e-3, atol=1e-6)
     close(table_of("two", "distance"), table_of("one", "distance"), rtol=1e-2)
 
