@@ -99,7 +99,7 @@ def add_settings(parser):
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=REAL)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1.
-    add("iters", 375, 8_000, "iterations of tuning", type=WHOLE)
+    add("iters", 400, 8_000, "iterations of tuning", type=WHOLE)
     add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=WHOLE)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     add("lr", 8e-4, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
