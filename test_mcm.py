@@ -296,6 +296,10 @@ def test_multistep_with_the_exact_f_makes_the_data(N):
     f = mcm.make_f(gaussian_jump, steps=N, N=N)
     close(sample.multistep(f, z, N), 0.3**0.5 * z, rtol=1e-4)
 
+def test_the_variance_that_addim_puts_back_is_the_papers():
+    """Algorithm 3: 0.1 / (2 + SNR). Here the SNR is 9."""
+    close(sample.paper_x_var(3.0, 1.0), 0.1 / 11)
+
 def test_addim_keeps_a_small_variance_ten_times_better_than_ddim():
     """With the exact posterior variance, of Gaussian data of variance 1e-4."""
     def posterior(alpha, sigma):
