@@ -941,10 +941,12 @@ def test_a_mistake_is_refused_in_one_line_before_any_work(
     assert named in refusal(command, capsys)
     assert sorted(Path().rglob("*")) == before          # nothing was written
 
-def test_fid_measures_n_images(folder, capsys):
+def test_fid_measures_n_images_from_all_over(folder, capsys):
     fid.main("few.npz few.npz --features random --n 50".split())
     found = re.match(r"FD\(random\)@50 (\d+\.\d+), floor", capsys.readouterr().out)
-    assert float(found[1]) > 0                          # all 64 would have distance 0
+    features = fid.random_features(fid.read_images("few.npz")[0])
+    some = features[fid.shuffled(64)[:50]]
+    close(float(found[1]), fid.distance_of(some, features), rtol=1e-3)
 
 @pytest.fixture
 def generate(monkeypatch):
