@@ -953,6 +953,11 @@ def test_a_mistake_is_refused_in_one_line_before_any_work(
     assert named in refusal(command, capsys)
     assert sorted(Path().rglob("*")) == before          # nothing was written
 
+def test_a_download_is_checked_by_its_hash(folder):
+    with pytest.raises(InputError, match="put https://site/net.pth there"):
+        fid.download("https://site/net.pth", "its hash")
+    assert torch.hub.download_url_to_file.call_args.args[2] == "its hash"
+
 def test_fid_measures_n_images_from_all_over(folder, capsys):
     fid.main("few.npz few.npz --features random --n 50".split())
     found = re.match(r"FD\(random\)@50 (\d+\.\d+), floor", capsys.readouterr().out)
