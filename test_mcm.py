@@ -798,6 +798,10 @@ def test_tuning_starts_from_the_averaged_diffusion_model(folder):
     tuned = train_cifar.load_checkpoint("run/tuned.pt")["net"]
     assert vector({key: tuned[key] for key in begun}).equal(vector(begun))
 
+def test_without_classes_there_are_no_labels(folder):
+    data = train_cifar.load_data(settings_of(NEW))
+    assert data.labels.eq(-1).all()
+
 def test_both_models_of_a_run_have_the_dropout_that_was_asked_for(folder):
     for name in ("diffusion", "tuned"):
         state = train_cifar.load_checkpoint(f"first/{name}.pt")
@@ -924,6 +928,7 @@ REFUSED = [
     ("train_cifar --method ect-segmented --steps 1 2", "ect-segmented"),
     ("train_cifar --guidance 1", "--guidance"),                 # needs mcd
     ("train_cifar --data few.npz --init shapes", "--init"),     # is for 32 pixels
+    ("train_cifar --data three.npz --classes --init first/diffusion.pt", "2 classes"),
     ("train_cifar --data few.npz --init ''", "--init ."),
     ("train_cifar --data few.npz --init nowhere", "nowhere"),
     ("train_cifar --data few.npz --init text.pt", "text.pt"),
@@ -945,6 +950,7 @@ def test_a_mistake_is_refused_in_one_line_before_any_work(
     for work in ("train_cifar.train", "sample.generate", "fid.features_of"):
         monkeypatch.setattr(work, Mock(side_effect=AssertionError))
     np.savez("odd.npz", np.zeros((8, 15, 15, 3), np.uint8))
+    np.savez("three.npz", np.zeros((9, 16, 16, 3), np.uint8), 3 * ["cat", "dog", "owl"])
     picture("mixed/0.png")
     picture("mixed/larger.png", side=32)
     picture("deep/deep.png", mode="I;16")
