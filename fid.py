@@ -6,8 +6,8 @@
 First the images to judge, then the real ones: a folder, an .npz (arr_0: uint8 NHWC), cifar10 (its
 training set) or shapes (built in). A published FID has four parts: the Inception graph of 2015,
 TensorFlow 1's resize, n = 50,000 and the unbiased covariance. With fewer images it is too large:
-about 30 for 2,000 real images against 2,000 others. n images against N have a bias of 1/n + 1/N.
-So beside a distance stands its floor, n real images against n others, whose bias is 2/n. A perfect
+about 30 for 2,000 real images against 2,000 others. With n images against N it goes as 1/n + 1/N.
+So beside a distance stands its floor, n real images against n others: that goes as 2/n. A perfect
 model scores (1 + n/N) / 2 of it. (Fewer than 2 n real images: two halves, (1 + N/n) / 4.)
 Comments say by how much an error "moves features": the largest change of any (they reach 39).
 """

@@ -509,7 +509,7 @@ def train(net, teacher, data, settings, method):
             drawn = draw(data, settings, method, i)
             share = {name: value[RANK::WORLD] for name, value in drawn.items()}
             loss = loss_of(net, teacher, settings, method, **share).sum() / settings.batch
-            gradient.zero_()        # zero_grad() would cut the weights loose from this vector
+            gradient.zero_()        # zero_grad() would take the .grads out of this vector
             scaler.scale(loss).backward()
             add_up(gradient)
             losses.append(loss.detach())
