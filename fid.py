@@ -9,9 +9,9 @@ TensorFlow 1's resize, n = 50,000 and the unbiased covariance. With fewer images
 about 30 for 2,000 real images against 2,000 others. With n images against N it goes as 1/n + 1/N.
 So beside a distance stands its floor, n real images against n others: that goes as 2/n. A perfect
 model scores (1 + n/N) / 2 of it. (Fewer than 2 n real images: two halves, (1 + N/n) / 4.)
-Comments say by how much an error "moves features": the largest change of any (they reach 39).
+Comments say by how much an error "moves features": the largest change of any (the largest is 39).
 """
-import argparse, contextlib, pickle, zipfile, zlib
+import argparse, contextlib, glob, pickle, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,9 +65,9 @@ def download(url, sha256):
 # ---- Inception -----------------------------------------------------------------------------------
 def resize_tf1(images):
     """[N, C, H, W] in 0..255 -> float32 [N, C, 299, 299], as TensorFlow 1 resizes.
-    It reads at i * size / 299 (half a pixel of offset moves features by 0.8). With one more
-    pixel at the right and the bottom, and 300 instead of 299, align_corners reads at
-    i * (size + 1 - 1) / (300 - 1), the same. In float64, because float32 rounds these positions."""
+    It reads at i * size / 299 (half a pixel of offset moves features by 0.8). align_corners reads
+    at i * (size - 1) / (299 - 1). So we give it one pixel more, at the right and the bottom, and
+    300 for 299. In float64, because float32 rounds these positions."""
     padded = F.pad(images.double(), (0, 1, 0, 1), mode="replicate")
     larger = F.interpolate(padded, size=(300, 300), mode="bilinear", align_corners=True)
     return larger[:, :, :299, :299].float()
@@ -76,7 +76,8 @@ def resize_tf1(images):
 # (counting it moves features by 2.5). The last block has a maximum (an average moves them by 9.6).
 def uncount_padding(branch_pool, inputs):
     """Means that count padding -> means that do not: (sum / 9) / (pixels inside / 9)."""
-    return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0]), 3, stride=1, padding=1)
+    one = torch.ones_like(inputs[0][:1, :1])
+    return inputs[0] / F.avg_pool2d(one, 3, stride=1, padding=1)
 
 class LastBlock(inception.InceptionE):
     def forward(self, x):       # x and the result [N, 2048, H, W]; the result's last 192: pool
@@ -121,7 +122,7 @@ def random_features(images):
         y = F.avg_pool2d(x, scale)
         for layer in range(2):
             filters = rng.standard_normal((12, y.shape[1], 3, 3)) / (9 * y.shape[1]) ** 0.5
-            if scale == 1:                          # zero mean: a flat area gives 0
+            if scale == 1:                  # zero mean: a flat area gives 0, only grain counts
                 filters -= filters.mean((2, 3), keepdims=True)
             y = F.conv2d(y, torch.from_numpy(filters).to(y)).abs()
         features.append(weight * (y.mean((2, 3)) + 0.02).log())
@@ -166,7 +167,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     In float64, because the distance is a small difference of large traces."""
     given = [torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2)]
     mean1, cov1, mean2, cov2 = given
-    # None is negative, but for rounding: with cov1 = R R^T they are those of R^T cov2 R.
+    # No eigenvalue is negative, but for rounding: with cov1 = R R^T they are those of R^T cov2 R.
     shared = torch.linalg.eigvals(cov1 @ cov2).real.clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * shared
     return distance.clamp(min=0).item()
@@ -208,31 +209,21 @@ def read_images(source):
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
             raise InputError(f"{path}: needs uint8 arr_0 [n, H, W, 3], labels arr_1 [n]")
     else:
-        # The files that Pillow can open, by their endings. The label of each is its folder.
+        # The files that Pillow can open, by their endings, in all folders below, but none that is
+        # hidden. Links are followed. The label of each is its folder.
         kinds = Image.registered_extensions()
-        files = [file for file in files_below(path, set())
-                 if kinds.get(file.suffix.lower()) in Image.OPEN]
+        files = [Path(name) for name in sorted(glob.glob("**", root_dir=path, recursive=True))]
+        files = [file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN]
         if not files:
             raise InputError(f"{path}: no folder with images, no .npz, not cifar10 or shapes")
-        images = np.array(files)
-        labels = [file.relative_to(path).parent.as_posix() for file in files]
+        images = np.array([path / file for file in files])
+        labels = [file.parent.as_posix() for file in files]
     if images.dtype == np.uint8:            # pixels, not paths
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
     # Labels, names or numbers, become 0, 1, 2, ... in sorted order. One class is no class.
     classes, labels = np.unique(labels, return_inverse=True)
     names = [str(name) for name in classes if len(classes) > 1]
     return images, torch.from_numpy(labels), names
-
-def files_below(path, seen):
-    """Yields the files of a folder and of those in it, sorted, but none that is hidden.
-    Links are followed. seen: a set of the folders that were read, so no link leads in a circle."""
-    if not path.is_dir():
-        yield path
-    elif path.resolve() not in seen:
-        seen.add(path.resolve())
-        for inner in sorted(path.iterdir()):
-            if not inner.name.startswith((".", "__MACOSX")):
-                yield from files_below(inner, seen)
 
 def decode(file):
     """An image's path -> uint8 [3, H, W]. Over a damaged file Pillow raises whatever it likes."""
@@ -272,7 +263,7 @@ def shapes(n=20_000, size=32):
         triangle = torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) - 0.6 * radius
         edge = torch.stack([disc, square, triangle])[form, torch.arange(len(form))]
         # The shape over its ground, with an edge that is soft by one pixel: [B, 3, H, W].
-        inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]
+        inside = (0.5 - edge * size / 2).clamp(0, 1)[:, None]       # size / 2: in pixels
         ground = 60 + 120 * light + 100 * (slope - 0.5) * ramp[:, None]
         hue = torch.randint(len(HUES), (len(form),), generator=g)
         colour = RGB[hue][:, :, None, None]

@@ -23,11 +23,11 @@ samples, and "..." is any shape, such as C, H, W):
     t, s           t, r           t, s   (t, r) [B]             a time, and an earlier one, s < t
     t_step         0              t_step        [B]             lower edge of t's segment, <= s
     student_steps  1              N, steps      int or [B]      segments, and sampling steps
-    T(i)           -              T             [] or [B]       teacher steps in all of [0, 1], n N
+    T(i)           -              T             [] or [B]       teacher steps in [0, 1], = n N
     T / N          -              n             [] or [B]       teacher steps in one segment, whole
     step, n_rel    -              step, n_rel   [B]             which segment, which step in it
     f(z_t, t)      f(x_t, t)      f(z_t, t)     -> [B, ...]     x_hat, the x that DDIM jumps with
-    -              -              D(x, sigma)   -> [B, ...]     EDM's f. Its x is z / alpha
+    -              -              D(x, sigma)   -> [B, ...]     EDM's f. Here x is noisy: z / alpha
     x_teacher      -              x_teacher     [B, ...]        the x of the DDIM step to s
     x_var          -              x_var         [B]             variance that x_teacher lacks
     x_ref          f(x_r, r)      x_ref         [B, ...]        f's guess at s, without gradient
@@ -55,7 +55,7 @@ def edm(t):
 
 def alpha_sigma(schedule, t, x):
     """alpha and sigma at t, a number or [B] -> [1 or B, 1, ...], for x [B, ...]."""
-    if not torch.is_tensor(t):          # float32 or better: in bfloat16, sigma 80 becomes 62
+    if not torch.is_tensor(t):          # float32 or better: a bfloat16 angle would give 62 for 80
         t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     alpha, sigma = schedule(t)
     return per_sample(alpha, x), per_sample(sigma, x)
@@ -97,9 +97,9 @@ def addim(x, z_t, t, s, x_var, schedule=cosine):
 
 # ---- Times, in cosine's [0, 1] -------------------------------------------------------------------
 def teacher_steps(i, start=64, end=1280, anneal=100_000):
-    """T(i) at iteration i, the teacher steps in [0, 1]: from start, log-linearly, to end at anneal,
-    half of the run. f can be right at t once it is right at s, so it learns upward from a segment's
-    lower edge. With few long steps this is fast, but inexact. So T starts small."""
+    """T(i) at iteration i, the teacher steps in [0, 1]: log-linear, T(0) = start, T(anneal) = end.
+    anneal is half of the run. f can be right at t once it is right at s, so it learns upward from a
+    segment's lower edge. With few long steps this is fast, but inexact. So T starts small."""
     progress = min(max(i / anneal, 0.0), 1.0)
     return start * (end / start) ** progress
 
@@ -131,7 +131,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     f_ref           the reference. None: f itself. TRACT (2303.04248): f with averaged weights.
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
     f is called at s without gradient, at t with gradient. Dropout should have one mask for both.
-    draw_times gives cosine's times. For schedule=edm, t, s, t_step are its sigma / alpha there."""
+    draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at them."""
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
     z_t = alpha_t * x + sigma_t * eps
@@ -162,7 +162,7 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     Both jumps end at t_step, and all times are [B]. Where s = t_step no jump is left, and the place
     is z_s. Without a teacher the result is then x, a diffusion model's target, eq. (8)."""
     # Where no jump is left, x_ref is not used, but f runs on the whole batch. It gets t there,
-    # because edm's s may be 0, and a network takes the logarithm of the noise level.
+    # because edm's s may be 0: a network takes its logarithm, and ddim is 0 / 0, which is dropped.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)
@@ -173,7 +173,7 @@ def v_loss(x_hat, x_target, z_t, t, schedule=cosine, huber_eps=1e-4):
     """The pseudo-Huber distance of two guesses of x [B, ...], measured in v-space -> [B].
     v = alpha eps - sigma x. With alpha^2 + sigma^2 = 1 it is (alpha z_t - x) / sigma, and so
     dv = -dx / sigma: the paper's |dv|^2 = (SNR + 1) |dx|^2. Other schedules get the same SNR + 1.
-    A mean, where the paper has a sum: the same huber_eps is root(elements) times as large here."""
+    A mean, where the paper has a sum: its huber_eps, divided by root(elements), is ours."""
     alpha, sigma = alpha_sigma(schedule, t, z_t)
     v_difference = (x_hat - x_target) * (alpha**2 + sigma**2) ** 0.5 / sigma
     return pseudo_huber(mean_per_sample(v_difference**2), huber_eps)
@@ -203,7 +203,7 @@ def conditioned(denoise, steps=None, **condition):
 def segment_of(sigma, steps):
     """Which of the N segments of cosine's t holds the noise level sigma / alpha [B] -> int64 [B].
     A level on an edge belongs to the segment below, even if rounding puts it above the edge, by up
-    to 1e-4 of a segment. The next time is 1/n of a segment above, so n must be below 10,000."""
+    to 1e-4 of a segment. MCM's next time is 1/n of a segment above, so n must be below 10,000."""
     t = (sigma.atan() - ANGLE_MIN) / (ANGLE_MAX - ANGLE_MIN)
     return (t.clamp(0, 1) * steps - 1e-4).ceil().clamp(min=1).long() - 1
 

@@ -1,6 +1,6 @@
 """Samplers: plain functions of a network and noise. And a command, from a checkpoint to images.
 
-    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments, or DDIM
+    multistep   f(z, t)       MCM Algorithm 2: a jump in each of N segments (or DDIM steps)
     addim       f(z, t)       MCM Algorithm 3: DDIM that keeps the variance of the images
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
@@ -24,7 +24,7 @@ from torchvision.utils import save_image
 import ect, mcm
 
 def guess(network, z, t, dtype):
-    """f(z, t) or D(z, sigma), all at one time t: z in `dtype`, t float32 or better -> float64."""
+    """f(z, t) or D(z, sigma), with one t for all -> float64. The network gets z in dtype."""
     time_dtype = torch.promote_types(dtype, torch.float32)
     times = torch.full((len(z),), float(t), dtype=time_dtype, device=z.device)
     return network(z.to(dtype), times).double()
@@ -32,7 +32,7 @@ def guess(network, z, t, dtype):
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
     """MCM Algorithm 2: z [B, ...] at the first time -> z at the last, which is the image.
-    steps: N, for the times 1, (N - 1)/N, ..., 0, or a list of falling times of the schedule.
+    steps: N, for cosine's times 1, (N - 1)/N, ..., 0, or a list of falling times of the schedule.
     x_var: None for DDIM, or for aDDIM a function (alpha_t, sigma_t) -> variance per element."""
     times = steps
     if np.ndim(steps) == 0:
@@ -105,20 +105,20 @@ def sample_batch(net, sampler, steps, noise, labels):
         return renoise(D, noise[0], [mcm.SIGMA_MAX] + later, noise[1:])
     raise ValueError(f"sampler {sampler}: not multistep, ddim, heun or renoise")
 
+# TF32, torch's default for convolutions on a GPU, would change some pixels.
+@torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 def generate(net, sampler, steps, numbers, labels, seed=0):
     """Images of a train_cifar.UNet -> uint8 [n, C, H, W] on the CPU.
     numbers: int64 [n]: the noise of an image depends on (seed, its number) alone. labels: [n]."""
     device = next(net.parameters()).device
     draws = steps if sampler == "renoise" else 1
-    shape = (draws, *net.image_shape)
+    shape = (draws, *net.image_shape)       # of one image's noise
     images = []
     for rows in torch.arange(len(numbers)).split(50):       # in batches that fit into memory
         each = [np.random.default_rng([seed, i]).standard_normal(shape, np.float32)
                 for i in numbers[rows].tolist()]
         noise = torch.from_numpy(np.stack(each, axis=1)).to(device)
-        # TF32, torch's default for convolutions on a GPU, would change some pixels.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            x = sample_batch(net, sampler, steps, noise, labels[rows].to(device))
+        x = sample_batch(net, sampler, steps, noise, labels[rows].to(device))
         images.append((x.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu())    # 0 .. 255
     return torch.cat(images)
 
@@ -132,14 +132,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("checkpoint", nargs="?", default=Path(__file__).parent / "assets/dial.pt", help="of a run")
-    add("--steps", type=train_cifar.COUNT, help="default: the most that the model is for")
+    add("--steps", type=train_cifar.COUNT, help="default: the most that it was trained for")
     add("--n", type=train_cifar.COUNT, default=64, help="how many images")
     add("--prompt", help="draw this class; default: all in turn")
     add("--out", type=Path, default=Path("samples.png"), help="a .png grid, or an .npz")
     add("--seed", type=train_cifar.WHOLE, default=0)
     args = parser.parse_args(arguments)
 
-    with fid.usage_errors(parser):
+    with fid.usage_errors(parser):      # says an InputError in one line
         if args.out.suffix not in (".png", ".npz") or not args.out.parent.is_dir():
             raise fid.InputError(f"--out {args.out}: needs a .png or .npz in an existing folder")
         state = train_cifar.load_checkpoint(args.checkpoint)

@@ -1,6 +1,6 @@
 """Train a few-step generator, from a diffusion model to a table and a picture, in one command.
 
-    python train_cifar.py --steps 2                      # by default MCT on shapes; on a GPU, ECT
+    python train_cifar.py --steps 2                      # MCT on shapes; on a GPU, ECT on CIFAR-10
     python train_cifar.py --method ect --steps 2         # Easy Consistency Tuning
     python train_cifar.py --method mct --steps 1 2 4 8   # one network for the whole dial
     torchrun --nproc-per-node 8 train_cifar.py --steps 2 # on eight GPUs
@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ect, fid, mcm, sample
-from fid import InputError, refuse
-
-DEVICE = fid.DEVICE     # of everything: a GPU, if there is one
+from fid import DEVICE, InputError, refuse
+# `with refuse(text):` makes an InputError of what goes wrong. fid.usage_errors says it in one line.
 
 # ---- Several processes ---------------------------------------------------------------------------
 # torchrun starts this program once for each GPU. Every process draws the whole batch and takes its
@@ -48,7 +47,7 @@ def join_processes():
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-        add_up(torch.zeros(1))
+        add_up(torch.zeros(1))      # until the first process makes this call in main
 
 def add_up(tensor):
     """The sum of a tensor over all processes, in place. It waits until all of them are here."""
@@ -80,9 +79,10 @@ SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segme
 
 def add_settings(parser):
     """Adds an argument for each setting -> its values in the presets, {preset: {name: value}}.
-    "cifar10" is ECT's A100 hour, which has a published number (but --lr falls to 0). T is MCM's.
-    "shapes" is small and short. Errors add up over the teacher steps, so it has fewer: a smaller T
-    and, for ECT, a smaller q^stages. Its other settings were found by trying, see the README."""
+    "cifar10" is ECT's A100 hour, which has a published number (but --lr falls to 0). T is MCM's
+    paper's. "shapes" is small and short. Errors add up over the steps from t down to 0, so it has
+    fewer and longer ones: a smaller T; for ECT, whose steps are about t / q^stages long, a smaller
+    q^stages. Its other settings were found by trying, see the README."""
     presets = {"shapes": {}, "cifar10": {}}
     parser.add_argument("--preset", choices=presets, help="picks the defaults, shown in brackets")
     def add(name, shapes, cifar10, help, **how):
@@ -100,22 +100,22 @@ def add_settings(parser):
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1.
     add("iters", 400, 8_000, "iterations of tuning", type=WHOLE)
-    add("pretrain_iters", 2500, 100_000, "the same of a diffusion model, before it", type=WHOLE)
+    add("pretrain_iters", 2500, 100_000, "the same of a new diffusion model", type=WHOLE)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     add("lr", 8e-4, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=REAL)
     add("ema", 0.975, 0.9993, "decay of the averaged weights", type=REAL)
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
     add("width", 32, 128, "channels", type=int, choices=(8, 16, 32, 64, 128, 256))
-    add("dropout", 0.0, 0.2, "in training", type=REAL)
+    add("dropout", 0.0, 0.2, "in training", type=number(float, 0, 0.99))
     # MCM. T rises until mid-run. Small huber_eps: a norm, needs a small --lr. 1: nearly a square.
     # T stays below mcm.segment_of's limit, 10,000 teacher steps in a segment.
     add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
     add("huber_eps", 2e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
-    # ECT. Where q^stages is above 10,000, t - r is mostly rounding. ln t ~ N(p_mean, p_std^2).
+    # ECT. In the last stage t - r is about t / q^stages. ln t ~ N(p_mean, p_std^2).
     add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=REAL)
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
-    add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=float)
+    add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=number(float, -9, 9))
     add("p_std", 1.8, 2.0, "the same: its standard deviation", type=REAL)
     add("c", 0.05, 0.0, "ect: as huber_eps, but the norm sums over an image", type=REAL)
     # The machine. bf16 is not offered: where t - r is small, its gradients are too coarse.
@@ -155,8 +155,9 @@ def read_settings(parser, arguments):
     return settings
 
 def choose_preset(data):
-    """The preset where none is given: "cifar10" on a GPU. If nothing at all is asked for, and its
-    files cannot be had, it is "shapes". (Several processes might not agree on that.)"""
+    """The preset where none is given: "cifar10" on a GPU, but "shapes" with other --data. Without
+    --data, and if cifar10's files cannot be had, it is "shapes", too. (Not under torchrun: several
+    processes might not agree on that.)"""
     if DEVICE.type == "cuda" and data in (None, "cifar10"):
         if data or LAUNCHED:
             return "cifar10"
@@ -165,15 +166,15 @@ def choose_preset(data):
             fid.download(*fid.INCEPTION)
             fid.read_images("cifar10")
             return "cifar10"
-    print("preset shapes (no GPU, no internet or other data); an hour on an A100: --preset cifar10")
+    print("preset shapes (no GPU, no internet, other --data); an hour on an A100: --preset cifar10")
     return "shapes"
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
 def hash32(h):
     """Mixes the bits of h, int32 of any shape, in place: each bit then depends on all of them."""
     for _ in range(2):
-        h ^= (h >> 16) & 0xFFFF
-        h *= 0x45D9F3B                          # 32 bits of the product are kept
+        h ^= (h >> 16) & 0xFFFF         # >> copies the sign, & drops the copies
+        h *= 0x45D9F3B                  # 32 bits of the product are kept
     h ^= (h >> 16) & 0xFFFF
     return h
 
@@ -208,7 +209,7 @@ class Block(nn.Module):
         self.conv1 = conv(c_out, c_out, 3)
         self.skip = conv(c_in, c_out, 1) if resample or c_in != c_out else nn.Identity()
         if resample:
-            # EDM resamples by this filter. Here it is never used, but a key of its weights.
+            # EDM resamples by this filter, `resample` without it. Its weights have this key.
             for part in (self.conv0, self.skip):
                 part.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
         if attention:
@@ -228,7 +229,8 @@ class Block(nn.Module):
             # Attention between all pixels, with one head: softmax(q k^T / sqrt(C)) v. The channels
             # of qkv are interleaved, as in EDM: q, k, v of channel 0, q, k, v of channel 1, ...
             qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))
-            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()   # each [B, 1, H W, C]
+            # qkv is [B, 1, C, 3, H W]. Of it q, k, v, each [B, 1, H W, C].
+            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
             a = F.scaled_dot_product_attention(q, k, v)
             x = (self.proj(a.mT.reshape(x.shape)) + x) * 0.5**0.5
         return x
@@ -256,7 +258,8 @@ class DDPMpp(nn.Module):
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
 
         def block(c_in, c_out, attention=False, resample=None):
-            layer = len(self.enc) + len(self.dec) - 1       # 0, 1, 2, ..., for dropout
+            # Its number: 0, 1, 2, ... The first part of enc is a convolution, not a block.
+            layer = len(self.enc) + len(self.dec) - 1
             return Block(c_in, c_out, c_emb, dropout, layer, resample, attention)
 
         # Encoder: at each level a halving block, except at the first, then the residual blocks.
@@ -281,6 +284,7 @@ class DDPMpp(nn.Module):
         for level, multiple in reversed(list(enumerate(mult))):
             for j in range(blocks + 1):
                 c_in, c = c + skips.pop(), width * multiple
+                # As EDM: here only a level's last block attends, in the encoder each of them.
                 attend = side in attention and j == blocks
                 self.dec[f"{side}x{side}_block{j}"] = block(c_in, c, attend)
             if level > 0:
@@ -304,7 +308,7 @@ class DDPMpp(nn.Module):
     def forward(self, x, c_noise, labels=None, segment=None, seed=None):
         """Noisy images [B, 3, H, W] and c_noise [B] -> [B, 3, H, W]. The rest: UNet.forward."""
         # The embedding of noise level, label and segment: [B, c_emb]. The noise level enters as
-        # sines and cosines of many frequencies, which tell small differences apart.
+        # sines and cosines, of frequencies from 1 down to 1/10000, as in EDM.
         angle = c_noise[:, None] * self.frequencies
         emb = torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype)
         if self.classes:
@@ -334,7 +338,8 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
     It is the same in train() and eval(). (ECT's authors have sigma - 0.003 in eval()'s c_skip and
-    c_out.) A network of your own needs the same forward, and these attributes."""
+    c_out.) A network of your own needs the same forward, and the attributes
+    arguments, image_shape, dtype and model.classes."""
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, **more):
         super().__init__()
         self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution)
@@ -383,7 +388,8 @@ EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond
 
 class Inert(nn.Module):
     """Stands for an object of any class. Its state_dict() is that of the module it stands for.
-    EDM's modules arrive with a dict of their class and state. The rest is never read."""
+    EDM's pickles rebuild a module by a function, which gets one dict, of its class and state: that
+    is `saved`. Objects of other kinds are never read."""
     def __init__(self, saved=None, *ignored):
         super().__init__()
         if isinstance(saved, dict):
@@ -421,6 +427,7 @@ def draw(data, settings, method, i):
     """What iteration i draws -> a dict of [batch, ...], a function of (seed, i), without any state.
     So a run that was killed goes on with the very batches that it would have drawn."""
     device, batch = data.images.device, settings.batch
+    # A diffusion model's batches are not those of tuning.
     entropy = np.random.SeedSequence([settings.seed, method != "diffusion", i])
     bits = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # 63 of them
     how = dict(generator=torch.Generator(device).manual_seed(bits), device=device)
@@ -435,14 +442,14 @@ def draw(data, settings, method, i):
     if method in ("mct", "mcd"):
         # The times of MCM's Algorithm 1, for an N of --steps.
         which = torch.randint(len(settings.steps), (batch,), **how)
-        N = torch.tensor(settings.steps).to(device, non_blocking=True)[which]   # the host goes on
+        N = torch.tensor(settings.steps).to(device, non_blocking=True)[which]   # no wait
         T = mcm.teacher_steps(i, *settings.T, anneal=settings.iters / 2)
         t, s, t_step = mcm.draw_times(batch, N, T, **how)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
     else:
         # A noise level, as EDM and ECT draw it, and ECT's stage: 0, 1, 2, ...
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
-        stage = i * settings.stages // max(settings.iters, 1)
+        stage = i * settings.stages // max(settings.iters, 1)       # --iters may be 0
         drawn["stage"] = torch.full((batch,), stage, device=device)
     return drawn
 
@@ -481,7 +488,8 @@ def train(net, teacher, data, settings, method):
     weights = list(net.parameters())
     optimizer = torch.optim.RAdam(weights, foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
-    # Each weight's .grad is a part of one vector, in the weight's layout: one sum over processes.
+    # Each weight's .grad is a part of one vector, with the strides of its weight (channels last).
+    # So one sum over processes does.
     sizes = [p.numel() for p in weights]
     gradient = torch.zeros(sum(sizes), device=DEVICE)
     for p, part in zip(weights, gradient.split(sizes)):
@@ -491,7 +499,7 @@ def train(net, teacher, data, settings, method):
         "triton.cudagraphs": True, "force_layout_optimization": True})
 
     # Restore. The run goes on as if it had not stopped, because all that is drawn follows from i.
-    # Tensors go to the GPU, except RAdam's counter.
+    # load_state_dict takes tensors to the GPU, where their weights are.
     state = dict(ema=ema, net=net, optimizer=optimizer, scaler=scaler)
     first = 0
     if path.exists():
@@ -502,8 +510,10 @@ def train(net, teacher, data, settings, method):
                 part.load_state_dict(saved[name])
     print(f"{method}: {iters} iterations, {first} of them done")
     with ctrl_c() as asked:
-        losses, clock = [], time.perf_counter()         # since the last line of the log
         for i in range(first, iters):
+            if i % 100 == 0 or i <= first + 1:          # compiling, in the first, is not counted
+                losses, clock = [], time.perf_counter()
+
             # Draw the batch. Forward and backward over this process' share of it. The division
             # makes the sum over all shares the mean over the batch.
             drawn = draw(data, settings, method, i)
@@ -522,18 +532,15 @@ def train(net, teacher, data, settings, method):
             # Update their average: the mean of all weights so far, while i / (1 + i) < --ema.
             decay = min(settings.ema, i / (1 + i))
             update_average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-            update_average(list(ema.parameters()), weights, i)
+            update_average(list(ema.parameters()), weights, i)          # it ignores i
 
-            # Log. Only here, in saving and, in fp16, in scaler.step does the host wait for the GPU.
+            # Log. The host waits for the GPU only here, in saving and, in fp16, in scaler.step.
             done = i + 1
-            if i == first:
-                losses, clock = [], time.perf_counter()         # compiling is not counted
-            elif done % 100 == 0 or done == iters:
+            if done % 100 == 0 or done == iters:
                 loss = add_up(torch.stack(losses).mean()).item()
                 speed = len(losses) * settings.batch / (time.perf_counter() - clock)
                 left = f"{(iters - done) * settings.batch / speed / 60:.1f} min left"
                 print(f"{method} {done}  loss {loss:.5f}  {speed:.0f} images/s  {left}", flush=True)
-                losses, clock = [], time.perf_counter()
 
             # Save the state. All processes stop if one of them is asked to.
             stop = add_up(torch.tensor(len(asked))) > 0
@@ -576,7 +583,8 @@ def report(nets, data, settings, extractor):
 
     # All rows have the same noise and the same labels, those of n real images in random order.
     numbers = torch.arange(n).tensor_split(WORLD)[RANK]
-    labels = data.labels[fid.shuffled(len(real))[numbers % len(real)]]
+    order = fid.shuffled(len(real))
+    labels = data.labels[order[numbers % len(real)]]
     rows, pictures = [], []
     for method, sampler, steps, nfe in table:               # nfe: evaluations of the network
         start = time.perf_counter()
@@ -593,6 +601,7 @@ def report(nets, data, settings, extractor):
     print(f"pictures, a row for each line: {settings.out + '/dial.png'!a}")
 
 # ---- All of it -----------------------------------------------------------------------------------
+# Without TF32, see sample.generate.
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 def main(arguments=None):
     """The command line: read everything, train or load a diffusion model, tune it, report."""
@@ -615,7 +624,7 @@ def main(arguments=None):
         diffusion = train(extended(diffusion, **more), None, data, settings, "diffusion")
     nets = {"diffusion": place(diffusion, settings.precision).requires_grad_(False)}
 
-    # Tune a copy, which is told its segment: a row of mcm.segment_row.
+    # Tune a copy, which is told its segment: a row of mcm.segment_row, 1 + 2 + ... + max N of them.
     if settings.method != "diffusion":
         net = extended(diffusion, **more, segments=sum(range(max(settings.steps) + 1)))
         nets[settings.method] = train(net, diffusion, data, settings, settings.method)
@@ -625,20 +634,19 @@ def main(arguments=None):
 def load_data(settings):
     """--data -> a namespace: images, labels, class_names. Without --classes: -1 and no names.
     A folder's name in the settings gets a hash of its images, because two may have one name."""
-    images, labels, class_names = fid.read_images(settings.data)
+    images, labels, names = fid.read_images(settings.data)
     images = fid.batch_of(images)           # reads all files
     n, _, height, width = images.shape
-    if n < 8 or height != width or height % 16:
+    if n < max(8, WORLD) or height != width or height % 16:
         raise InputError(f"--data {settings.data}: needs 8 or more images, 16x16, 32x32, ...")
-    if settings.classes and not class_names:
+    if settings.classes and not names:
         raise InputError(f"--classes: {settings.data} has no classes, leave it out")
     if settings.data not in ("shapes", "cifar10"):
         content = images.numpy().tobytes() + labels.numpy().tobytes()
         settings.data = f"{Path(settings.data).name}-{hashlib.sha256(content).hexdigest()[:6]}"
     if not settings.classes:
-        labels, class_names = torch.full_like(labels, -1), []
-    images, labels = images.to(DEVICE), labels.to(DEVICE)
-    return SimpleNamespace(images=images, labels=labels, class_names=class_names)
+        labels, names = torch.full_like(labels, -1), []
+    return SimpleNamespace(images=images.to(DEVICE), labels=labels.to(DEVICE), class_names=names)
 
 @contextlib.contextmanager
 def atomic(path):
@@ -712,7 +720,8 @@ def load_init(settings, data):
         net = load_network(state)
         if state["method"] != "diffusion":
             raise InputError(f"--init {path}: tuned already, give a diffusion model")
-    # It may ignore labels, or have yet to learn them, but not if it is to guide.
+    # With labels, it must have our number of classes. Without, it learns them in tuning, but it
+    # cannot guide.
     has, needs = net.model.classes, len(data.class_names)
     wrong_classes = needs and has != needs and (has or settings.guidance)
     if net.image_shape != data.images.shape[1:] or wrong_classes:
