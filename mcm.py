@@ -161,8 +161,8 @@ def consistency_target(f_ref, z_s, z_t, t, s, t_step, schedule=cosine):
     """The x whose jump from z_t lands where the reference's jump from z_s lands -> [B, ...].
     Both jumps end at t_step, and all times are [B]. Where s = t_step no jump is left, and the place
     is z_s. Without a teacher the result is then x, a diffusion model's target, eq. (8)."""
-    # Where no jump is left, x_ref is not used, but f runs on the whole batch. It gets t there,
-    # because edm's s may be 0: a network takes its logarithm, and ddim is 0 / 0, which is dropped.
+    # Where no jump is left, x_ref is not used, but f runs on the whole batch. There f gets t, since
+    # edm's s may be 0, and a network takes its logarithm. ddim's 0 / 0 is dropped by torch.where.
     no_jump_left = s <= t_step
     x_ref = f_ref(z_s, torch.where(no_jump_left, t, s))
     z_step = ddim(x_ref, z_s, s, t_step, schedule)

@@ -1,7 +1,7 @@
 """What the method guarantees, in the method's order: the name of each test is its claim.
 
-"Eq." and "Algorithm" are those of MCM's paper. No internet and no GPU is needed. A few numbers
-are those of the code of ECT, EDM and torch-fidelity. (All are in ../shared, which a clone lacks.)"""
+"Eq." and "Algorithm" are those of MCM's paper. No internet and no GPU is needed. A few numbers are
+those of the code of ECT, EDM and torch-fidelity. (All are in ../shared, which a clone lacks.)"""
 import argparse, contextlib, json, math, os, pickle
 import re, shlex, shutil, signal, sys, zlib
 from pathlib import Path

@@ -155,9 +155,8 @@ def read_settings(parser, arguments):
     return settings
 
 def choose_preset(data):
-    """The preset where none is given: "cifar10" on a GPU, but "shapes" with other --data. Without
-    --data, and if cifar10's files cannot be had, it is "shapes", too. (Not under torchrun: several
-    processes might not agree on that.)"""
+    """The preset where none is given: "cifar10" on a GPU, but "shapes" with other --data, or if no
+    --data is given and cifar10's files cannot be had (several processes might disagree on that)."""
     if DEVICE.type == "cuda" and data in (None, "cifar10"):
         if data or LAUNCHED:
             return "cifar10"
@@ -209,7 +208,7 @@ class Block(nn.Module):
         self.conv1 = conv(c_out, c_out, 3)
         self.skip = conv(c_in, c_out, 1) if resample or c_in != c_out else nn.Identity()
         if resample:
-            # EDM resamples by this filter, `resample` without it. Its weights have this key.
+            # EDM's filter. `resample` does the same without it. It is kept as a key of the weights.
             for part in (self.conv0, self.skip):
                 part.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
         if attention:
@@ -237,8 +236,8 @@ class Block(nn.Module):
 
 class DDPMpp(nn.Module):
     """The raw network F(c_in x, c_noise). Its blocks are called {side}x{side}_{block}, as EDM's.
-    width, mult: channels of the levels. blocks: of each level. attention: sides that have it.
-    patch: works on patch x patch pixels at a time. segments: the rows of mcm.segment_row."""
+    width, mult: channels of the levels. blocks: of each level. attention: sides that have it
+    (in0 always has). patch: works on patch x patch pixels. segments: rows of mcm.segment_row."""
     def __init__(self, width, mult, blocks, resolution, classes=0, augment_dim=0, dropout=0.0,
                  patch=1, segments=0, attention=(16,)):
         super().__init__()
@@ -395,8 +394,9 @@ class Inert(nn.Module):
         if isinstance(saved, dict):
             self.__dict__.update(saved["state"], class_name=saved["class_name"])
 
+    # torch's own modules come this way, with their __dict__. (A numpy type's state is a tuple.)
     def __setstate__(self, state):
-        if isinstance(state, dict):                     # that of a numpy type is a tuple
+        if isinstance(state, dict):
             super().__setstate__(state)
 
 ALLOWED = {
@@ -427,7 +427,6 @@ def draw(data, settings, method, i):
     """What iteration i draws -> a dict of [batch, ...], a function of (seed, i), without any state.
     So a run that was killed goes on with the very batches that it would have drawn."""
     device, batch = data.images.device, settings.batch
-    # A diffusion model's batches are not those of tuning.
     entropy = np.random.SeedSequence([settings.seed, method != "diffusion", i])
     bits = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # 63 of them
     how = dict(generator=torch.Generator(device).manual_seed(bits), device=device)
@@ -447,9 +446,9 @@ def draw(data, settings, method, i):
         t, s, t_step = mcm.draw_times(batch, N, T, **how)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
     else:
-        # A noise level, as EDM and ECT draw it, and ECT's stage: 0, 1, 2, ...
+        # A noise level, as EDM and ECT draw it, and ECT's stage (diffusion has none; iters may be 0).
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
-        stage = i * settings.stages // max(settings.iters, 1)       # --iters may be 0
+        stage = i * settings.stages // max(settings.iters, 1)
         drawn["stage"] = torch.full((batch,), stage, device=device)
     return drawn
 
@@ -463,7 +462,7 @@ def step_loss(net, teacher, settings, method, x, eps, seed, labels, t, s=None, t
         z_t = x + mcm.per_sample(t, x) * eps
         return mcm.v_loss(D(z_t, t), x, z_t, t, mcm.edm, huber_eps=1.0)
     if method in ("ect", "ect-segmented"):
-        # The paper's ECT is a single segment, from 80 down to 0, without inner edges.
+        # The paper's ECT is a single segment, down to 0, without inner edges.
         segments = settings.steps[0] if method == "ect-segmented" else 1
         D = mcm.conditioned(net, segments, labels=labels, seed=seed)
         edges = ect.segment_edges(segments, x.device)
@@ -489,7 +488,7 @@ def train(net, teacher, data, settings, method):
     optimizer = torch.optim.RAdam(weights, foreach=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=settings.precision == "fp16")
     # Each weight's .grad is a part of one vector, with the strides of its weight (channels last).
-    # So one sum over processes does.
+    # So add_up(gradient) is one call for all.
     sizes = [p.numel() for p in weights]
     gradient = torch.zeros(sum(sizes), device=DEVICE)
     for p, part in zip(weights, gradient.split(sizes)):
@@ -720,8 +719,7 @@ def load_init(settings, data):
         net = load_network(state)
         if state["method"] != "diffusion":
             raise InputError(f"--init {path}: tuned already, give a diffusion model")
-    # With labels, it must have our number of classes. Without, it learns them in tuning, but it
-    # cannot guide.
+    # A model with classes needs as many as the data. One without learns them, but cannot guide.
     has, needs = net.model.classes, len(data.class_names)
     wrong_classes = needs and has != needs and (has or settings.guidance)
     if net.image_shape != data.images.shape[1:] or wrong_classes:
