@@ -446,7 +446,7 @@ def draw(data, settings, method, i):
         t, s, t_step = mcm.draw_times(batch, N, T, **how)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
     else:
-        # A noise level, as EDM and ECT draw it, and ECT's stage (diffusion has none; iters may be 0).
+        # A noise level, as EDM and ECT draw it. ECT's stage. (Diffusion has none, iters may be 0.)
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
         stage = i * settings.stages // max(settings.iters, 1)
         drawn["stage"] = torch.full((batch,), stage, device=device)
