@@ -361,8 +361,8 @@ def test_the_network_is_edms_in_a_few_numbers():
     close(x_hat[:, 0, 5, 5:8], right, atol=1e-4)
 
 def test_the_norm_adds_1e_6_to_the_variance():
-    """EDM's choice. torch's own is 1e-5."""
-    assert train_cifar.group_norm(384).eps == 1e-6
+    norm = train_cifar.group_norm(384)
+    assert norm.eps == 1e-6                             # EDM's. torch's own is 1e-5.
 
 def test_a_copy_with_classes_and_segments_gives_the_same_images():
     """New embeddings begin with zeros, so tuning begins at the trained network."""
