@@ -13,7 +13,7 @@ The target, mcm.consistency_target, is the same function in both. Given `edges`,
 segments as in MCM: the two papers combined. (Ours.)
 
     t, r [B]    noise levels, 0 <= r < t
-    stage       how far the curriculum is: 0, 1, 2, ..., a number or [B]
+    stage       how far the curriculum is: 0, 1, 2, ..., a number or [B], q^(stage + 1) below 2^23
     q, k, b     each stage divides t - r by q (2 or 256). k, b = 8, 1: n(t) falls from 5 to 1
     c           rounds the norm near 0 (pseudo-Huber). The norm sums over an image. The paper: c = 0
 """
@@ -39,7 +39,7 @@ def t_to_r(t, stage, q=2, k=8, b=1):
     return t * (1 - relative_gap).clamp(min=0)
 
 def segment_edges(steps, device=None):
-    """The N - 1 inner edges, in sigma, of N segments that are equal in cosine's t -> [N - 1]."""
+    """The inner edges, rising sigmas, of N segments that are equal in cosine's t -> [N - 1]."""
     t = torch.arange(1, steps, device=device).double() / steps
     alpha, sigma = mcm.cosine(t)
     return (sigma / alpha).float()

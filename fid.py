@@ -111,7 +111,7 @@ class InceptionFID(inception.Inception3):
 
 # ---- Features ------------------------------------------------------------------------------------
 def random_features(images):
-    """uint8 [N, 3, H, W] -> [N, 36]: colours, and energies of random filters. No download.
+    """uint8 [N, 3, H, W] -> [N, 36]: colours, and energies of random filters. H, W >= 10.
     They are few because the floor grows with their number. At full size nothing is strided, so
     that grain is seen. The factors 24 and 8 were chosen on CIFAR-10."""
     x = images.float() / 127.5 - 1
@@ -130,7 +130,7 @@ def random_features(images):
 
 def load_extractor(features, example):
     """"inception", "random" or a TorchScript file -> a function, uint8 [N, 3, H, W] -> [N, d].
-    It is tried on an example, images of that shape, before any work."""
+    It is tried on an example, batch_of(images[:2]), before any work."""
     net = random_features
     with refuse(f"--features {features}: cannot be opened, or fails on such images"):
         if features == "inception":             # the word: a file of this name is "./inception"
@@ -157,7 +157,7 @@ def features_of(images, extractor):
 
 # ---- Statistics and distance ---------------------------------------------------------------------
 def moments(features):
-    """[n, d] -> mean [d] and unbiased covariance [d, d], in float64."""
+    """[n, d], n > 1 -> mean [d] and unbiased covariance [d, d], in float64."""
     features = features.double()
     return features.mean(0), torch.cov(features.T)
 

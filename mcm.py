@@ -37,8 +37,8 @@ import math
 import torch
 
 # ---- Schedules -----------------------------------------------------------------------------------
-# A schedule is a function t -> (alpha, sigma), with alpha > 0 and a rising sigma / alpha. Networks
-# only see this ratio, so one network serves every schedule.
+# A schedule is a function t -> (alpha, sigma), with alpha > 0 and a rising sigma / alpha, nowhere
+# constant. Networks only see this ratio, so one network serves every schedule.
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0      # EDM samples between these noise levels
 ANGLE_MIN, ANGLE_MAX = math.atan(SIGMA_MIN), math.atan(SIGMA_MAX)
 
@@ -131,7 +131,7 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
     f_ref           the reference. None: f itself. TRACT (2303.04248): f with averaged weights.
     Without a teacher, N = 1 is the loss of a consistency model, T = N that of a diffusion model.
     f is called at s without gradient, at t with gradient. Dropout should have one mask for both.
-    draw_times gives cosine's times. For schedule=edm, give cosine's sigma / alpha at them."""
+    draw_times suits all schedules on [0, 1]. For edm, give cosine's sigma / alpha at its times."""
     # (1) The noisy image.
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
     z_t = alpha_t * x + sigma_t * eps
@@ -185,7 +185,7 @@ def pseudo_huber(square, c):
 # ---- Networks ------------------------------------------------------------------------------------
 def make_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) -> x_hat from a denoiser: f(z, t) = D(z / alpha, sigma / alpha).
-    steps (N, or int64 [B]) and condition: see `conditioned`. D gets float32 or better."""
+    steps (N, or int64 [B]; cosine's segments), condition: see `conditioned`. D gets >= float32."""
     D = conditioned(denoise, steps, **condition)
     def f(z, t):
         alpha, sigma = alpha_sigma(schedule, t, z)
