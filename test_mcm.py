@@ -97,7 +97,7 @@ def test_addim_lengthens_the_noise_by_the_missing_variance(schedule):
     alpha_t, sigma_t = alpha_sigma(schedule, t, x)
     alpha_s, sigma_s = alpha_sigma(schedule, s, x)
     added = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * per_sample(t, x)
-    square = per_sample(mean_per_sample(eps**2), x)
+    square = (eps**2).mean((1, 2), keepdim=True)
     z_s = mcm.addim(x, noisy(t, schedule), t, s, t, schedule)
     close(z_s, alpha_s * x + (sigma_s**2 + added / square) ** 0.5 * eps)
 
