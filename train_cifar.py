@@ -112,7 +112,7 @@ def add_settings(parser):
     # T stays below mcm.segment_of's limit, 10,000 teacher steps in a segment.
     add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
     add("huber_eps", 2e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
-    # ECT. In the last stage t - r is about t / q^stages. ln t ~ N(p_mean, p_std^2).
+    # ECT. In the last stage t - r = n(t) t / q^stages, n: see ect.py. ln t ~ N(p_mean, p_std^2).
     add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=REAL)
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
     add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=number(float, -9, 9))
@@ -156,7 +156,7 @@ def read_settings(parser, arguments):
 
 def choose_preset(data):
     """The preset where none is given: "cifar10" on a GPU, but "shapes" with other --data, or if no
-    --data is given and cifar10's files cannot be had (several processes might disagree on that)."""
+    --data is given and cifar10's files cannot be had (not tried under torchrun: all must agree)."""
     if DEVICE.type == "cuda" and data in (None, "cifar10"):
         if data or LAUNCHED:
             return "cifar10"
@@ -182,7 +182,7 @@ def dropout(x, p, seed, layer):
     Both passes of a consistency step must have one mask. A random generator would have to be set
     back in between, which a CUDA graph cannot do."""
     element = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
-    # The prime, 2^32 over the golden ratio, keeps the layers' seeds far apart.
+    # A prime near 2^32 over the golden ratio keeps the layers' seeds far apart.
     start = hash32((seed + 0x9E3779B1 * layer).int())               # [B]
     bits = hash32(mcm.per_sample(start, x) + element.view(x.shape[1:]))     # [B, C, H, W]
     keep = bits >= int(p * 2**32) - 2**31           # bits are uniform over all of int32
@@ -337,8 +337,8 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
     It is the same in train() and eval(). (ECT's authors have sigma - 0.003 in eval()'s c_skip and
-    c_out.) A network of your own needs the same forward, and the attributes
-    arguments, image_shape, dtype and model.classes."""
+    c_out.) A class of your own in its place needs the same forward, the attributes
+    arguments, image_shape, dtype, model.classes, and to be made as `extended` makes it."""
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, **more):
         super().__init__()
         self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution)
@@ -446,7 +446,7 @@ def draw(data, settings, method, i):
         t, s, t_step = mcm.draw_times(batch, N, T, **how)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
     else:
-        # A noise level, as EDM and ECT draw it. ECT's stage. (Diffusion has none, iters may be 0.)
+        # A log-normal noise level, and ECT's stage. (Diffusion ignores it. There iters may be 0.)
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
         stage = i * settings.stages // max(settings.iters, 1)
         drawn["stage"] = torch.full((batch,), stage, device=device)
