@@ -717,7 +717,7 @@ def test_the_average_is_a_mean_until_its_decay_is_ema(folder, monkeypatch):
     monkeypatch.setattr(torch.optim.swa_utils, "get_ema_multi_avg_fn", averages)
     train(NEW + "--ema 0.7")
     decays = [call.args[0] for call in averages.call_args_list]
-    close(decays[:5], [0, 1 / 2, 2 / 3, 0.7, 0.7])
+    close(decays[:4], [0, 0.5, 2 / 3, 0.7])
 
 @pytest.fixture
 def struck(monkeypatch):
@@ -885,6 +885,7 @@ def test_an_npz_of_samples_holds_them_as_they_were_made(folder, generate):
     generate.return_value = fid.read_images("few.npz")[0]
     sample.main("first/tuned.pt --out made.npz".split())
     assert fid.read_images("made.npz")[0].equal(generate.return_value)
+    assert generate.call_args.args[2] == 2              # steps, the most that it is tuned for
 
 @parametrize("line, told", [("", [0, 1, 0]), ("--prompt dog", [1, 1, 1])])
 def test_sample_makes_all_classes_in_turn_or_the_prompt(line, told, folder, generate):
@@ -929,7 +930,6 @@ SNIPPETS = re.findall("```python\n(.*?)```", README, re.DOTALL)
 COMMAND = r"(?:^|`)(?:python|torchrun .*?) (\w+)\.py ?([^`#\n]*)"
 COMMANDS = re.findall(COMMAND, README, re.MULTILINE)
 
-assert len(SNIPPETS) > 1
 assert len(COMMANDS) > 5
 
 @parametrize("number", range(len(SNIPPETS)))
