@@ -885,7 +885,7 @@ def test_an_npz_of_samples_holds_them_as_they_were_made(folder, generate):
     generate.return_value = fid.read_images("few.npz")[0]
     sample.main("first/tuned.pt --out made.npz".split())
     assert fid.read_images("made.npz")[0].equal(generate.return_value)
-    assert generate.call_args.args[2] == 2              # steps, the most that it is tuned for
+    assert generate.call_args.args[2] == 2              # the most steps it was tuned for
 
 @parametrize("line, told", [("", [0, 1, 0]), ("--prompt dog", [1, 1, 1])])
 def test_sample_makes_all_classes_in_turn_or_the_prompt(line, told, folder, generate):
