@@ -9,7 +9,7 @@ TensorFlow 1's resize, n = 50,000 and the unbiased covariance. With fewer images
 about 30 for 2,000 real images against 2,000 others. With n images against N it goes as 1/n + 1/N.
 So beside a distance stands its floor, n real images against n others: that goes as 2/n. A perfect
 model scores (1 + n/N) / 2 of it. (Fewer than 2 n real images: two halves, (1 + N/n) / 4.)
-Comments say by how much an error "moves features": the largest change of any (the largest is 39).
+Comments say by how much an error "moves features": the largest change of one (they reach 39).
 """
 import argparse, contextlib, glob, pickle, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor

@@ -185,7 +185,7 @@ def pseudo_huber(square, c):
 # ---- Networks ------------------------------------------------------------------------------------
 def make_f(denoise, schedule=cosine, steps=None, **condition):
     """The paper's f(z_t, t) -> x_hat from a denoiser: f(z, t) = D(z / alpha, sigma / alpha).
-    steps (N, or int64 [B]; cosine's segments), condition: see `conditioned`. D gets >= float32."""
+    steps (N, or int64 [B], of cosine's t), condition: `conditioned`. D gets float32 or better."""
     D = conditioned(denoise, steps, **condition)
     def f(z, t):
         alpha, sigma = alpha_sigma(schedule, t, z)

@@ -81,7 +81,7 @@ def add_settings(parser):
     """Adds an argument for each setting -> its values in the presets, {preset: {name: value}}.
     "cifar10" is ECT's A100 hour, which has a published number (but --lr falls to 0). T is MCM's
     paper's. "shapes" is small and short. Errors add up over the steps from t down to 0, so it has
-    fewer and longer ones: a smaller T; for ECT, whose steps are about t / q^stages long, a smaller
+    fewer and longer ones: a smaller T and, for ECT (steps of about t / q^stages), a smaller
     q^stages. Its other settings were found by trying, see the README."""
     presets = {"shapes": {}, "cifar10": {}}
     parser.add_argument("--preset", choices=presets, help="picks the defaults, shown in brackets")
@@ -637,7 +637,7 @@ def load_data(settings):
     images = fid.batch_of(images)           # reads all files
     n, _, height, width = images.shape
     if n < max(8, WORLD) or height != width or height % 16:
-        raise InputError(f"--data {settings.data}: needs 8 or more images, 16x16, 32x32, ...")
+        raise InputError(f"--data {settings.data}: needs {max(8, WORLD)} images, 16x16, 32x32, ...")
     if settings.classes and not names:
         raise InputError(f"--classes: {settings.data} has no classes, leave it out")
     if settings.data not in ("shapes", "cifar10"):
