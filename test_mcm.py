@@ -238,7 +238,7 @@ def gaussian_jump(z, sigma, N):
     shrink = ((0.3 + edge**2) / (0.3 + sigma**2)) ** 0.5
     return mcm.inv_ddim(z * per_sample(shrink, z), z, sigma, edge, edm)
 
-@parametrize("N", [1, 2, 4])
+@parametrize("N", [1, 4])
 def test_multistep_with_the_exact_f_makes_the_data(N):
     """Algorithm 2. And make_f asks at the right noise level: else a jump would end elsewhere."""
     z = randn(1000, 3)
@@ -304,11 +304,11 @@ class Dim(torch.nn.Linear):
     """A network that guesses x / 1000, with label 1 twice that, with label 2 three times, ..."""
     image_shape = (3, 4, 4)
     def forward(self, x, sigma, labels, segment=None):
+        assert x.dtype == torch.float32                 # a sampler's state is float64
         return x * per_sample(0.001 * (1 + labels), x)
 
 def generated(sampler, numbers, labels, seed=0):
-    net = Dim(1, 1)
-    return sample.generate(net, sampler, 2, numbers, labels, seed)
+    return sample.generate(Dim(1, 1), sampler, 2, numbers, labels, seed)
 
 @parametrize("sampler", ["multistep", "ddim", "renoise", "heun"])
 def test_an_image_depends_on_its_seed_number_and_label_alone(sampler):
