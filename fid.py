@@ -77,7 +77,7 @@ def resize_tf1(images):
 def uncount_padding(branch_pool, inputs):
     """Means that count padding -> means that do not: (sum / 9) / (pixels inside / 9)."""
     one = torch.ones_like(inputs[0][:1, :1])
-    return inputs[0] / F.avg_pool2d(one, 3, stride=1, padding=1)
+    return inputs[0].div_(F.avg_pool2d(one, 3, stride=1, padding=1))
 
 class LastBlock(inception.InceptionE):
     def forward(self, x):       # x and the result [N, 2048, H, W]; the result's last 192: pool
@@ -165,8 +165,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), means [d], covariances [d, d].
     The trace of a root is the sum of the roots of the eigenvalues, so no matrix root can fail.
     In float64, because the distance is a small difference of large traces."""
-    given = [torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2)]
-    mean1, cov1, mean2, cov2 = given
+    mean1, cov1, mean2, cov2 = [torch.as_tensor(x).double() for x in (mean1, cov1, mean2, cov2)]
     # No eigenvalue is negative, but for rounding: with cov1 = R R^T they are those of R^T cov2 R.
     shared = torch.linalg.eigvals(cov1 @ cov2).real.clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * shared
