@@ -98,11 +98,12 @@ def add_settings(parser):
     add("classes", True, False, "class labels (captions of shapes) for the network", action=SWITCH)
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=REAL)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
-    # The optimizer. For longer runs, ema nearer to 1.
-    add("iters", 400, 8_000, "iterations of tuning", type=WHOLE)
+    # The optimizer. For longer runs, ema nearer to 1. RAdam multiplies lr by about root(i / 2000)
+    # until iteration 2000, so a longer run also has a larger lr.
+    add("iters", 420, 8_000, "iterations of tuning", type=WHOLE)
     add("pretrain_iters", 2500, 100_000, "the same of a new diffusion model", type=WHOLE)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
-    add("lr", 8e-4, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
+    add("lr", 1.6e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=REAL)
     add("ema", 0.975, 0.9993, "decay of the averaged weights", type=REAL)
     # The network. Both passes of an iteration share a dropout mask. --init brings its own width.
@@ -111,7 +112,7 @@ def add_settings(parser):
     # MCM. T rises until mid-run. Small huber_eps: a norm, needs a small --lr. 1: nearly a square.
     # T stays below mcm.segment_of's limit, 10,000 teacher steps in a segment.
     add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
-    add("huber_eps", 2e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
+    add("huber_eps", 6e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
     # ECT. In the last stage t - r = n(t) t / q^stages, n: see ect.py. ln t ~ N(p_mean, p_std^2).
     add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=REAL)
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
