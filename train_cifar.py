@@ -100,7 +100,7 @@ def add_settings(parser):
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1. RAdam multiplies lr by about root(i / 2000)
     # until iteration 2000, so a longer run also has a larger lr.
-    add("iters", 420, 8_000, "iterations of tuning", type=WHOLE)
+    add("iters", 400, 8_000, "iterations of tuning", type=WHOLE)
     add("pretrain_iters", 2500, 100_000, "the same of a new diffusion model", type=WHOLE)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     add("lr", 1.6e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
