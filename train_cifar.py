@@ -99,9 +99,9 @@ def add_settings(parser):
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=REAL)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1. RAdam multiplies lr by about root(i / 2000)
-    # until iteration 2000, so a longer run also has a larger lr.
+    # until iteration 2000, so a longer run also takes larger steps.
     add("iters", 400, 8_000, "iterations of tuning", type=WHOLE)
-    add("pretrain_iters", 2500, 100_000, "the same of a new diffusion model", type=WHOLE)
+    add("pretrain_iters", 2500, 100_000, "the same of the diffusion model", type=WHOLE)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     add("lr", 1.6e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
     add("pretrain_lr", 2e-3, 5e-4, "the same for the diffusion model", type=REAL)
@@ -368,7 +368,7 @@ class UNet(nn.Module):
         return c_skip * x + c_out * raw
 
 def extended(net, classes, **more):
-    """A copy of a UNet, with embeddings that it lacks: zeros, so they change nothing yet."""
+    """A copy of a UNet, other arguments in `more`. New embeddings are zeros: no effect yet."""
     copied = UNet(**{**net.arguments, "classes": net.model.classes or classes, **more})
     copied.load_state_dict({**copied.state_dict(), **net.state_dict()})
     return copied
@@ -425,11 +425,11 @@ def load_edm(path):
 
 # ---- One iteration: what is drawn, which loss ----------------------------------------------------
 def draw(data, settings, method, i):
-    """What iteration i draws -> a dict of [batch, ...], a function of (seed, i), without any state.
+    """What iteration i draws -> a dict of [batch, ...], a function of (seed, phase, i), no state.
     So a run that was killed goes on with the very batches that it would have drawn."""
     device, batch = data.images.device, settings.batch
     entropy = np.random.SeedSequence([settings.seed, method != "diffusion", i])
-    bits = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # 63 of them
+    bits = int(entropy.generate_state(1, np.uint64)[0]) >> 1     # fits int64
     how = dict(generator=torch.Generator(device).manual_seed(bits), device=device)
     # Images, noise and the seeds of the dropout masks.
     index = torch.randint(len(data.images), (batch,), **how)
@@ -511,7 +511,7 @@ def train(net, teacher, data, settings, method):
     print(f"{method}: {iters} iterations, {first} of them done")
     with ctrl_c() as asked:
         for i in range(first, iters):
-            if i % 100 == 0 or i <= first + 1:          # compiling, in the first, is not counted
+            if i % 100 == 0 or i <= first + 1:          # anew after the first, which compiles
                 losses, clock = [], time.perf_counter()
 
             # Draw the batch. Forward and backward over this process' share of it. The division
