@@ -605,8 +605,7 @@ def test_a_file_of_edm_or_ect_gives_their_denoiser(file, numbers, names):
     x, sigma, D = [torch.tensor(arrays[name]) for name in names.split()]
     close(net(x, sigma), D, atol=3e-5)
 
-# Raw opcodes. c: look up a name. \x85: a tuple. R: call. The first two leave a file PWNED, if
-# Python's own pickle.loads opens them.
+# Raw opcodes: c looks up a name, \x85 makes a tuple, R calls. With pickle.loads, RUN makes PWNED.
 RUN = b"cposix\nsystem\n\x8c\x0btouch PWNED\x85R"
 REFUSED_PICKLES = {
     "calls system": RUN + b".",
@@ -922,11 +921,12 @@ def test_a_snippet_runs(number):
 
 @parametrize("N", [1, 2, 8])
 def test_a_network_that_predicts_noise_can_make_the_data_on_its_own_schedule(N):
-    """Stable Diffusion's. On it Gaussian data of variance 1 stay where they are, at every t. Here
-    is a network that knows this. k is its timestep, eps_hat what it takes for the noise."""
+    """Stable Diffusion's. It keeps a variance of 1: such Gaussian data stay where they are."""
     names = {}
     exec(SNIPPETS[1], names)
     schedule = names["schedule"]
+    alpha, sigma = schedule(t)
+    close(alpha**2 + sigma**2, 1.0)
     def net(z, k, text):
         time = (k + 1) / 1000
         segment = (time * N - 1e-3).ceil() - 1
