@@ -381,6 +381,8 @@ def test_two_passes_share_the_dropout_mask_of_a_seed():
     alone = net(image, 1.0, seed=seeds[1:])
     assert_close(alone[0], six)
     assert (five - six).abs().max() > 0.1
+    without = small_net()(image, 1.0)
+    assert net(image, 1.0).equal(without)               # no seed, as in sampling
 
 def test_dropout_masks_are_fair_and_unlike_each_other():
     ones = torch.ones(32, 4, 32, 32)
@@ -741,7 +743,6 @@ def test_two_processes_give_what_one_gives_even_if_one_of_them_is_struck(folder)
     torchrun(HERE / "train_cifar.py", line + "two")
     assert_close(state_of("two"), state_of("one"), rtol=1e-3, atol=1e-6)
     close(table_of("two", "distance"), table_of("one", "distance"), rtol=1e-2)
-
     Path("struck.py").write_text(f"""
 import signal, sys
 sys.path.insert(0, {str(HERE)!r})
@@ -910,7 +911,6 @@ README = (HERE / "README.md").read_text()
 SNIPPETS = re.findall("```python\n(.*?)```", README, re.DOTALL)
 COMMAND = r"(?:^|`)(?:python|torchrun .*?) (\w+)\.py ?([^`#\n]*)"
 COMMANDS = re.findall(COMMAND, README, re.MULTILINE)
-
 assert len(COMMANDS) > 5
 
 @parametrize("number", range(len(SNIPPETS)))
