@@ -31,21 +31,22 @@ def guess(network, z, t, dtype):
 
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
-    """MCM Algorithm 2: z [B, ...] at the first time -> z at the last, which is the image.
-    steps: N, for cosine's times 1, (N - 1)/N, ..., 0, or a list of falling times of the schedule.
+    """MCM Algorithm 2: z [B, ...] at the first time -> the guess at the last one, the image.
+    steps: N, for cosine's times 1, (N - 1)/N, ..., 1/N, or a list of falling times.
     x_var: None for DDIM, or for aDDIM a function (alpha_t, sigma_t) -> variance per element."""
     times = steps
     if np.ndim(steps) == 0:
-        times = [i / steps for i in range(steps, -1, -1)]
+        times = [i / steps for i in range(steps, 0, -1)]
     state = z.double()
+    x_hat = guess(f, state, times[0], z.dtype)
     for t, s in pairwise(times):
-        x_hat = guess(f, state, t, z.dtype)
         if x_var is None:
             state = mcm.ddim(x_hat, state, t, s, schedule)
         else:
             variance = x_var(*mcm.alpha_sigma(schedule, t, state))
             state = mcm.addim(x_hat, state, t, s, variance, schedule)
-    return state.to(z.dtype)
+        x_hat = guess(f, state, s, z.dtype)
+    return x_hat.to(z.dtype)
 
 def paper_x_var(alpha, sigma):
     """The paper's guess of the variance per element that x_hat lacks, for images."""
