@@ -909,7 +909,7 @@ def test_the_model_that_comes_with_the_code_draws_what_it_is_told(steps, least):
 # Its snippets run, with loops of hundreds cut short. Its commands are parsed; nothing is trained.
 README = (HERE / "README.md").read_text()
 SNIPPETS = re.findall("```python\n(.*?)```", README, re.DOTALL)
-COMMAND = r"(?:^|`)(?:python|torchrun .*?) (\w+)\.py ?([^`#\n]*)"
+COMMAND = r"(?:^|`|&& )(?:python|torchrun .*?) (\w+)\.py ?([^`#&\n]*)"
 COMMANDS = re.findall(COMMAND, README, re.MULTILINE)
 assert len(COMMANDS) > 5
 
