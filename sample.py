@@ -31,8 +31,8 @@ def guess(network, z, t, dtype):
 
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
-    """MCM Algorithm 2: z [B, ...] at the first time -> the guess at the last one, the image.
-    steps: N, for cosine's times 1, (N - 1)/N, ..., 1/N, or a list of falling times.
+    """MCM Algorithm 2: z [B, ...] at the first time -> the last guess: there DDIM to sigma 0 ends.
+    steps: N, for cosine's times 1, (N - 1)/N, ..., 1/N, or a list of falling times, one a guess.
     x_var: None for DDIM, or for aDDIM a function (alpha_t, sigma_t) -> variance per element."""
     times = steps
     if np.ndim(steps) == 0:
