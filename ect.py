@@ -13,7 +13,7 @@ The target, mcm.consistency_target, is the same function in both. Given `edges`,
 segments as in MCM: the two papers combined. (Ours.)
 
     t, r [B]    noise levels, 0 <= r < t
-    stage       how far the curriculum is: 0, 1, 2, ..., a number or [B], q^(stage + 1) below 2^23
+    stage       of the curriculum: 0, 1, 2, ..., a number or [B]. From q^(stage + 1) = 2^23, r is t
     q, k, b     each stage divides t - r by q (2 or 256). k, b = 8, 1: n(t) falls from 5 to 1
     c           rounds the norm near 0 (pseudo-Huber). The norm sums over an image. The paper: c = 0
 """
@@ -65,7 +65,7 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
     # (4) The two guesses are compared where they land, at the edge. A jump from z_t lands at
     #     x_hat + edge / t (z_t - x_hat), so the landings differ by (1 - edge / t) times as much as
     #     the guesses (ours; with edge 0, as much). So the loss is finite just above an edge: there
-    #     r = edge, and (1 - edge / t) |d| / (t - edge) = |d| / t.
+    #     r = edge, and for guesses that differ by d, (1 - edge / t) |d| / (t - edge) = |d| / t.
     difference = (denoise(z_t, t) - target) * mcm.per_sample(1 - edge / t, x)
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.

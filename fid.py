@@ -75,7 +75,7 @@ def resize_tf1(images):
 # TensorFlow's graph differs from torchvision's in its pooling branches. Averages leave out padding
 # (counting it moves features by 2.5). The last block has a maximum (an average moves them by 9.6).
 def uncount_padding(branch_pool, inputs):
-    """Means that count padding -> means that do not: (sum / 9) / (pixels inside / 9)."""
+    """A hook: inputs[0], means that count padding -> without: (sum / 9) / (pixels inside / 9)."""
     one = torch.ones_like(inputs[0][:1, :1])
     return inputs[0].div_(F.avg_pool2d(one, 3, stride=1, padding=1))
 
@@ -91,7 +91,7 @@ class InceptionFID(inception.Inception3):
         for name, part in self.named_modules():
             if name.endswith("branch_pool"):
                 part.register_forward_pre_hook(uncount_padding)
-        self.Mixed_7c = LastBlock(2048)
+        self.Mixed_7c = LastBlock(2048)         # a maximum needs no hook
         self.eval()
 
     def forward(self, images):

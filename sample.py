@@ -5,8 +5,8 @@
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
-Noise and images are [B, ...], images on the scale of [-1, 1], not clipped. A sampler's state is
-float64: float32 errors add up at sigma = 80. What f gets and the result have the noise's dtype.
+mcm.make_f(D) is an f. Noise and images are [B, ...], images in about [-1, 1], not clipped. A state
+is float64: float32 errors add up at sigma = 80. f's z and the result have the noise's dtype.
 
     python sample.py --steps 2                               # a model that comes with the code
     python sample.py --steps 2 --prompt "green square"       # the same, told what to draw
@@ -31,7 +31,7 @@ def guess(network, z, t, dtype):
 
 @torch.no_grad()
 def multistep(f, z, steps, schedule=mcm.cosine, x_var=None):
-    """MCM Algorithm 2: z [B, ...] at the first time -> the last guess: there DDIM to sigma 0 ends.
+    """MCM Algorithm 2: z [B, ...] at the first time -> the last guess, where DDIM to sigma 0 ends.
     steps: N, for cosine's times 1, (N - 1)/N, ..., 1/N, or a list of falling times, one a guess.
     x_var: None for DDIM, or for aDDIM a function (alpha_t, sigma_t) -> variance per element."""
     times = steps
