@@ -32,7 +32,7 @@ from fid import DEVICE, InputError, refuse
 # ---- Several processes ---------------------------------------------------------------------------
 # torchrun starts this program once for each GPU. Every process draws the whole batch and takes its
 # own rows of it, RANK, RANK + WORLD, ... The gradients of all are added up before each update. So
-# the weights are the same everywhere, and only rounding depends on how many processes there are.
+# the weights are equal, and only rounding depends on WORLD. Several machines must share --out.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ              # set by torchrun alone
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
@@ -79,10 +79,10 @@ SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segme
 
 def add_settings(parser):
     """Adds an argument for each setting -> its values in the presets, {preset: {name: value}}.
-    "cifar10" is ECT's A100 hour, which has a published number (but --lr falls to 0). T is MCM's
-    paper's. "shapes" is small and short. Errors add up over the steps from t down to 0, so it has
-    fewer and longer ones: a smaller T and, for ECT (steps of about t / q^stages), a smaller
-    q^stages. Its other settings were found by trying, see the README."""
+    "cifar10" is ECT's A100 hour, which has a published number (its authors' lr is constant), with
+    T of MCM's paper. "shapes" is a short run. There errors add up over the steps from t down to 0,
+    so it has fewer and longer ones: T ends at 128, not 1280, and ECT's t - r at about t / 8, not
+    t / 256. Its other settings were found by trying, see the README."""
     presets = {"shapes": {}, "cifar10": {}}
     parser.add_argument("--preset", choices=presets, help="picks the defaults, shown in brackets")
     def add(name, shapes, cifar10, help, **how):
@@ -99,7 +99,7 @@ def add_settings(parser):
     add("guidance", 0.0, 0.0, "mcd with --classes: weight of the teacher's guidance", type=REAL)
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1. RAdam multiplies lr by about root(i / 2000)
-    # until iteration 2000, so a longer run also takes larger steps.
+    # until iteration 2000, so a short run never has the whole lr.
     add("iters", 400, 8_000, "iterations of tuning", type=WHOLE)
     add("pretrain_iters", 2500, 100_000, "the same of the diffusion model", type=WHOLE)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
@@ -338,8 +338,8 @@ SIGMA_DATA = 0.5        # EDM's standard deviation of images in [-1, 1]
 class UNet(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning. `more`: see DDPMpp.
     It is the same in train() and eval(). (ECT's authors have sigma - 0.003 in eval()'s c_skip and
-    c_out.) A class of your own in its place needs the same forward, the attributes
-    arguments, image_shape, dtype, model.classes, and to be made as `extended` makes it."""
+    c_out.) A class of your own in its place needs the same forward, the attributes arguments,
+    image_shape, dtype, model.classes, and the parameters that `extended` and load_init give."""
     def __init__(self, width=128, mult=(2, 2, 2), blocks=4, resolution=32, **more):
         super().__init__()
         self.arguments = dict(more, width=width, mult=mult, blocks=blocks, resolution=resolution)
@@ -388,8 +388,8 @@ EDM = ("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond
 
 class Inert(nn.Module):
     """Stands for an object of any class. Its state_dict() is that of the module it stands for.
-    EDM's pickles rebuild a module by a function, which gets one dict, of its class and state: that
-    is `saved`. Objects of other kinds are never read."""
+    EDM's pickles rebuild a module by calling a function with one dict, of its class and state. Here
+    this call makes an Inert, and `saved` is the dict. Objects of other kinds are never read."""
     def __init__(self, saved=None, *ignored):
         super().__init__()
         if isinstance(saved, dict):
@@ -458,7 +458,7 @@ def step_loss(net, teacher, settings, method, x, eps, seed, labels, t, s=None, t
     """The loss of one iteration, of what `draw` drew -> [B]. It compiles as one graph."""
     x = x.float() / 127.5 - 1
     if method == "diffusion":
-        # As MCT where s = t_step: the target is x. With huber_eps 1, nearly a squared error.
+        # As MCT where s = t_step: the target is x, the weight SNR + 1. Nearly a squared error.
         D = mcm.conditioned(net, labels=labels, seed=seed)
         z_t = x + mcm.per_sample(t, x) * eps
         return mcm.v_loss(D(z_t, t), x, z_t, t, mcm.edm, huber_eps=1.0)
@@ -624,7 +624,7 @@ def main(arguments=None):
         diffusion = train(extended(diffusion, **more), None, data, settings, "diffusion")
     nets = {"diffusion": place(diffusion, settings.precision).requires_grad_(False)}
 
-    # Tune a copy, which is told its segment: a row of mcm.segment_row, 1 + 2 + ... + max N of them.
+    # Tune a copy, with an embedding for each segment of each N: 1 + 2 + ... + max N rows.
     if settings.method != "diffusion":
         net = extended(diffusion, **more, segments=sum(range(max(settings.steps) + 1)))
         nets[settings.method] = train(net, diffusion, data, settings, settings.method)
@@ -659,7 +659,7 @@ def save(path, data, settings, method, step, parts):
     """One file of tensors and plain values: the parts, and all that sample.py needs.
     If weights are not finite, or fp16 overflows at every loss scale, the run ends instead."""
     finite = all(p.isfinite().all() for p in parts["net"].parameters())
-    if not finite or parts["scaler"].get_scale() < 1:
+    if not finite or parts["scaler"].get_scale() < 1:           # it is 1 in fp32
         sys.exit(f"{method}, iteration {step}: not finite; try fp32, or less --lr in a new --out")
     steps = [18] if method == "diffusion" else settings.steps               # 18: EDM's
     state = {name: part.state_dict() for name, part in parts.items()}
