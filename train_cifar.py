@@ -166,7 +166,7 @@ def choose_preset(data):
             fid.download(*fid.INCEPTION)
             fid.read_images("cifar10")
             return "cifar10"
-    print("preset shapes chosen (no GPU, no internet, or --data given); A100 hour: --preset cifar10")
+    print("preset shapes chosen (no GPU or internet, or --data given); A100 hour: --preset cifar10")
     return "shapes"
 
 # ---- The network: DDPM++ as EDM ships it, so that the published weights load by key --------------
