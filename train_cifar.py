@@ -80,9 +80,9 @@ SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segme
 def add_settings(parser):
     """Adds an argument for each setting -> its values in the presets, {preset: {name: value}}.
     "cifar10" is ECT's A100 hour, which has a published number (its authors' lr is constant), with
-    T of MCM's paper. "shapes" is a short run. There errors add up over the steps from t down to 0,
-    so it has fewer and longer ones: T ends at 128, not 1280, and ECT's t - r at about t / 8, not
-    t / 256. Its other settings were found by trying, see the README."""
+    T of MCM's paper. "shapes" is a short run. Each time learns from a slightly lower one, so errors
+    add up over these steps. So they are few and long: T ends at 128, not 1280, and ECT's t - r at
+    about t / 8, not t / 256. The other settings were found by trying, see the README."""
     presets = {"shapes": {}, "cifar10": {}}
     parser.add_argument("--preset", choices=presets, help="picks the defaults, shown in brackets")
     def add(name, shapes, cifar10, help, **how):
@@ -395,7 +395,7 @@ class Inert(nn.Module):
         if isinstance(saved, dict):
             self.__dict__.update(saved["state"], class_name=saved["class_name"])
 
-    # torch's own modules come this way, with their __dict__. (A numpy type's state is a tuple.)
+    # torch's own modules come this way, without __init__. (A numpy type's state is a tuple.)
     def __setstate__(self, state):
         if isinstance(state, dict):
             super().__setstate__(state)
@@ -447,7 +447,7 @@ def draw(data, settings, method, i):
         t, s, t_step = mcm.draw_times(batch, N, T, **how)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
     else:
-        # A log-normal noise level, and ECT's stage. (Diffusion ignores it. There iters may be 0.)
+        # A log-normal noise level, and ECT's stage, which diffusion ignores. (--iters may be 0.)
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
         stage = i * settings.stages // max(settings.iters, 1)
         drawn["stage"] = torch.full((batch,), stage, device=device)
@@ -511,7 +511,7 @@ def train(net, teacher, data, settings, method):
     print(f"{method}: {iters} iterations, {first} of them done")
     with ctrl_c() as asked:
         for i in range(first, iters):
-            if i % 100 == 0 or i <= first + 1:          # anew after the first, which compiles
+            if i % 100 == 0 or i <= first + 1:          # no time of the first: it compiles
                 losses, clock = [], time.perf_counter()
 
             # Draw the batch. Forward and backward over this process' share of it. The division
