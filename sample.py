@@ -5,8 +5,8 @@
     renoise     D(x, sigma)   predict, add fresh noise, predict: consistency models, ECT
     heun        D(x, sigma)   EDM Algorithm 1: second order, 2 * steps - 1 evaluations
 
-mcm.make_f(D) is an f. Noise and images are [B, ...], images in about [-1, 1], not clipped. A state
-is float64: float32 errors add up at sigma = 80. f's z and the result have the noise's dtype.
+mcm.make_f(D) is an f. Noise and images are [B, ...], images not clipped to [-1, 1]. A sampler's
+state is float64: float32 errors add up at sigma = 80. f's z and the result have the noise's dtype.
 
     python sample.py --steps 2                               # a model that comes with the code
     python sample.py --steps 2 --prompt "green square"       # the same, told what to draw

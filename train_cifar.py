@@ -511,7 +511,7 @@ def train(net, teacher, data, settings, method):
     print(f"{method}: {iters} iterations, {first} of them done")
     with ctrl_c() as asked:
         for i in range(first, iters):
-            if i % 100 == 0 or i <= first + 1:          # no time of the first: it compiles
+            if i % 100 == 0 or i <= first + 1:          # the first is not timed: it compiles
                 losses, clock = [], time.perf_counter()
 
             # Draw the batch. Forward and backward over this process' share of it. The division
