@@ -13,7 +13,7 @@ The target, mcm.consistency_target, is the same function in both. Given `edges`,
 segments as in MCM: the two papers combined. (Ours.)
 
     t, r [B]    noise levels, 0 <= r < t
-    stage       of the curriculum, 0, 1, ..., a number or [B]. r rounds to t from q^(stage + 1) = 2^25
+    stage       of the curriculum, 0, 1, ..., int or [B]. r rounds to t from q^(stage + 1) = 2^25
     q, k, b     each stage divides t - r by q (2 or 256). k, b = 8, 1: n(t) falls from 5 to 1
     c           rounds the norm near 0 (pseudo-Huber). The norm sums over an image. The paper: c = 0
 """
