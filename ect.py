@@ -70,5 +70,5 @@ def ect_loss(denoise, x, eps, t, stage, q=2, k=8, b=1, c=0., edges=None):
 
     # (5) (sqrt(|difference|^2 + c^2) - c) / (t - r), the square summed over the whole image.
     square = (difference**2).unsqueeze(-1).flatten(1).sum(1)
-    t_minus_r = (t - r).clamp(min=5e-8 * t)     # no 0 / 0 where r rounds to t
+    t_minus_r = torch.where(r < t, t - r, torch.inf)    # where r rounds to t, the loss is 0
     return mcm.pseudo_huber(square, c) / t_minus_r

@@ -26,7 +26,6 @@ from torchvision.models import inception
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth",
              "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 class InputError(ValueError):

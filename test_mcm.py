@@ -172,11 +172,11 @@ def test_the_reference_is_asked_at_s_or_where_no_jump_is_left_at_t():
     assert time.equal(torch.where(s > t_step, s, t))
 
 def test_a_teacher_steps_with_three_quarters_of_its_squared_error():
-    """x_var = 0.75 x error^2 of the conditional guess, x_hat. The step uses the guided one."""
+    """x_var: 0.75 x error^2 of the conditional guess, 0 at s = 0. The step uses the guided one."""
     z_t = noisy(t)
     x_hat = stand_in(z_t, t)
     x_guided = x_hat + 2 * (x_hat - gaussian(z_t, t))
-    x_var = 0.75 * mean_per_sample((x_hat - x) ** 2)
+    x_var = (s > 0) * 0.75 * mean_per_sample((x_hat - x) ** 2)
     z_s, time = reference_asked(teacher=mcm.guided(stand_in, gaussian, 2))
     close(z_s, mcm.addim(x_guided, z_t, t, s, x_var))
 
@@ -617,7 +617,6 @@ REFUSED_PICKLES = {
     "is no dict": b"N.",
     "has another preconditioning": edm_pickle(name="VPPrecond"),
     "has another sigma_data": edm_pickle(sigma_data=1.0)}
-
 @parametrize("attempt", REFUSED_PICKLES)
 def test_a_pickle_that_is_not_edms_is_refused_and_runs_nothing(attempt):
     with pytest.raises(InputError, match="^net.pkl"):
@@ -808,6 +807,7 @@ def test_a_model_of_init_is_known_by_its_content_not_its_path(folder, capsys):
 REFUSED = {
     "train_cifar --method ect-segmented --steps 1 2": "ect-segmented",
     "train_cifar --guidance 1": "--guidance",                 # needs mcd
+    "train_cifar --stages 21": "q^stages",
     "train_cifar --data few.npz --init shapes": "--init",     # is for 32 pixels
     "train_cifar --data four.npz --classes --init first/diffusion.pt": "2 classes",
     "train_cifar --data few.npz --init nowhere": "nowhere",

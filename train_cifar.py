@@ -71,8 +71,7 @@ def number(kind, low, high=2**32):
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
     return numeric
 
-COUNT, WHOLE = number(int, 1), number(int, 0)
-REAL = number(float, 0)
+COUNT, WHOLE, REAL = number(int, 1), number(int, 0), number(float, 0)
 SWITCH = argparse.BooleanOptionalAction
 SAMPLERS = {"mct": "multistep", "mcd": "multistep", "ect": "renoise", "ect-segmented": "multistep",
             "diffusion": "heun"}            # by method
@@ -100,7 +99,7 @@ def add_settings(parser):
     add("out", None, None, "folder of the run; default: runs/DATA-METHOD-STEPS")
     # The optimizer. For longer runs, ema nearer to 1. RAdam multiplies lr by about root(i / 2000)
     # until iteration 2000, so a short run never has the whole lr.
-    add("iters", 400, 8_000, "iterations of tuning", type=WHOLE)
+    add("iters", 400, 8_000, "iterations of tuning", type=COUNT)
     add("pretrain_iters", 2500, 100_000, "the same of the diffusion model", type=WHOLE)
     add("batch", 32, 128, "images in an iteration", type=COUNT)
     add("lr", 1.6e-3, 1e-4, "learning rate of tuning, falls linearly to 0", type=REAL)
@@ -114,7 +113,7 @@ def add_settings(parser):
     add("T", [8, 128], [64, 1280], "first and last T(i)", type=number(int, 1, 8192), nargs=2)
     add("huber_eps", 6e-3, 1e-4, "mct, mcd: rounds the loss near 0 (pseudo-Huber)", type=REAL)
     # ECT. In the last stage t - r = n(t) t / q^stages, n: see ect.py. ln t ~ N(p_mean, p_std^2).
-    add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=REAL)
+    add("q", 2.0, 256.0, "ect: each stage divides t - r by it", type=number(float, 1))
     add("stages", 3, 1, "ect: stages of the curriculum, of equal length", type=COUNT)
     add("p_mean", 1.0, -1.1, "ect, diffusion: mean of ln t", type=number(float, -9, 9))
     add("p_std", 1.8, 2.0, "the same: its standard deviation", type=REAL)
@@ -151,6 +150,8 @@ def read_settings(parser, arguments):
         raise InputError("--method ect-segmented: needs a single number of --steps")
     if settings.guidance and not (settings.method == "mcd" and settings.classes):
         raise InputError("--guidance: needs --method mcd and --classes")
+    if settings.stages * np.log2(settings.q) > 20:
+        raise InputError("--q, --stages: with q^stages above 2^20, t - r is lost in rounding")
     if min(settings.batch, settings.fd_samples) < WORLD:
         raise InputError(f"--batch, --fd-samples: need {WORLD}, one image for each process")
     return settings
@@ -447,10 +448,10 @@ def draw(data, settings, method, i):
         t, s, t_step = mcm.draw_times(batch, N, T, **how)
         drawn.update(N=N, t=t, s=s, t_step=t_step)
     else:
-        # A log-normal noise level, and ECT's stage, which diffusion ignores. (--iters may be 0.)
+        # A log-normal noise level, and ECT's stage, which diffusion ignores.
         drawn["t"] = ect.draw_t(batch, settings.p_mean, settings.p_std, **how)
-        stage = i * settings.stages // max(settings.iters, 1)
-        drawn["stage"] = torch.full((batch,), stage, device=device)
+        stage = i * settings.stages // settings.iters
+        drawn["stage"] = torch.full_like(index, stage)
     return drawn
 
 def step_loss(net, teacher, settings, method, x, eps, seed, labels, t, s=None, t_step=None, N=None,
@@ -601,7 +602,6 @@ def report(nets, data, settings, extractor):
     print(f"pictures, a row for each line: {settings.out + '/dial.png'!a}")
 
 # ---- All of it -----------------------------------------------------------------------------------
-# Without TF32, see sample.generate.
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 def main(arguments=None):
     """The command line: read everything, train or load a diffusion model, tune it, report."""
@@ -720,9 +720,9 @@ def load_init(settings, data):
         net = load_network(state)
         if state["method"] != "diffusion":
             raise InputError(f"--init {path}: tuned already, give a diffusion model")
-    # A model with classes needs as many as the data. One without learns them, but cannot guide.
+    # A model with classes needs as many as the data. One without learns them, but cannot teach.
     has, needs = net.model.classes, len(data.class_names)
-    wrong_classes = needs and has != needs and (has or settings.guidance)
+    wrong_classes = needs and has != needs and (has or settings.method == "mcd")
     if net.image_shape != data.images.shape[1:] or wrong_classes:
         raise InputError(f"--init {path}: is for {net.image_shape}, {has} classes; try --init none")
     return net
