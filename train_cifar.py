@@ -32,7 +32,7 @@ from fid import DEVICE, InputError, refuse
 # ---- Several processes ---------------------------------------------------------------------------
 # torchrun starts this program once for each GPU. Every process draws the whole batch and takes its
 # own rows of it, RANK, RANK + WORLD, ... The gradients of all are added up before each update. So
-# the weights are equal, and only rounding depends on WORLD. Several machines must share --out.
+# the weights are equal; only rounding depends on WORLD. Machines must share --out and downloads.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ              # set by torchrun alone
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
