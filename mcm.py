@@ -143,8 +143,8 @@ def consistency_loss(f, x, eps, t, s, t_step, schedule=cosine, teacher=None, f_r
         if isinstance(x_teacher, tuple):
             x_teacher, x_cond = x_teacher
 
-        # (3) One step to s. The paper puts back 3/4 of the teacher's squared error; we do not at
-        #     s = 0, where it would stay in the image. Without a teacher aDDIM is DDIM: x_var = 0.
+        # (3) One step to s. The paper puts back 3/4 of the teacher's squared error, as noise. We do
+        #     not at s = 0, where it would stay. Without a teacher x_var is 0, and aDDIM is DDIM.
         x_var = x_var_frac * mean_per_sample((x_cond - x) ** 2).where(s > 0, 0)
         z_s = addim(x_teacher, z_t, t, s, x_var, schedule)
 
